@@ -1,0 +1,1 @@
+"""graftwerk: small trained adapters on frozen language models."""
