@@ -1,0 +1,81 @@
+"""Which rows each step trains on: shuffled by seed and epoch, sliced over ranks, resumable."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MicroBatches = list[list[int]]  # row numbers, one list for each forward pass
+
+
+class StepSampler(Sampler[MicroBatches]):
+    """For each optimizer step the rows of this rank, cut into micro-batches.
+
+    The order of an epoch is a function of `seed` and the epoch's number alone, so any layout sees
+    the same global batches: a resumed run of another number of ranks goes on exactly where the
+    first stopped. Each iteration is one epoch, or what is left of it after `set_consumed`. In a
+    step all ranks have the same number of micro-batches; where rows run out, some are empty.
+
+    Args:
+        rows: the number of rows of the data set.
+        step_rows: rows of one step over all ranks.
+        micro_batch_size: rows of one forward pass.
+        rank, world_size: of the data-parallel group.
+        shuffle: a new order each epoch; otherwise the order of the files.
+        drop_last: leave out an epoch's last step where it has fewer rows.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        step_rows: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.rows = rows - rows % step_rows if drop_last else rows
+        self.all_rows = rows
+        self.step_rows = step_rows
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self._start = 0
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, whatever part of the present one is already consumed."""
+        return -(-self.rows // self.step_rows)
+
+    def set_consumed(self, samples: int) -> None:
+        """Go on after `samples` rows, counted over all epochs and ranks."""
+        self.epoch, self._start = divmod(samples, self.rows) if self.rows else (0, 0)
+
+    def samples_after(self, steps: int) -> int:
+        """Rows that `steps` steps from the very start train on, over all ranks."""
+        epochs, rest = divmod(steps, len(self))
+        return epochs * self.rows + min(rest * self.step_rows, self.rows)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The row numbers of an epoch in the order that they are trained on."""
+        if not self.shuffle:
+            return np.arange(self.all_rows)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.all_rows)
+
+    def __iter__(self) -> Iterator[MicroBatches]:
+        order = self.order(self.epoch)[: self.rows]
+        for start in range(self._start, self.rows, self.step_rows):
+            yield self._share(order[start : start + self.step_rows])
+        self.epoch, self._start = self.epoch + 1, 0
+
+    def _share(self, step: np.ndarray) -> MicroBatches:
+        # Even shares: they differ by one row at most, and only in an epoch's last step.
+        bounds = [len(step) * rank // self.world_size for rank in range(self.world_size + 1)]
+        share = step[bounds[self.rank] : bounds[self.rank + 1]].tolist()
+        largest = -(-len(step) // self.world_size)
+        size = self.micro_batch_size
+        return [share[first : first + size] for first in range(0, largest, size)]

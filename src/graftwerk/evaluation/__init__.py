@@ -1,0 +1,1 @@
+"""Evaluation: what a model answered against what it should have."""
