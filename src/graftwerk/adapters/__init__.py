@@ -1,0 +1,16 @@
+"""Adapters: methods, slots and compositions. Imports no model."""
+
+from graftwerk.adapters.composition import Composition, Parallel, Stack
+from graftwerk.adapters.configs import BottleneckConfig, IA3Config, LoRAConfig, method_from_config
+from graftwerk.adapters.model import AdapterModel
+
+__all__ = [
+    "AdapterModel",
+    "BottleneckConfig",
+    "Composition",
+    "IA3Config",
+    "LoRAConfig",
+    "Parallel",
+    "Stack",
+    "method_from_config",
+]

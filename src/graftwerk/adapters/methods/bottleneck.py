@@ -1,0 +1,92 @@
+"""Canonical bottleneck adapters, as NeMo has them (Houlsby et al. 2019, arXiv:1902.00751).
+
+Behind the attention and behind the MLP, each `x + up(swish(down(norm(x))))` on the sublayer's
+result before its bias. `parallel_adapter` is NeMo's name for the tensor-parallel bottleneck, not
+for a place beside the sublayer.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.adapters.part import Part, PartLinear, initialise
+from graftwerk.adapters.slots import Site, SlotCall
+from graftwerk.errors import UserError
+
+NORM_TYPES = ("mixedfusedlayernorm", "layernorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig:
+    """`model.adapter_tuning` of a learning stage.
+
+    `dim` is the width of the bottleneck. Trainable parameters: `2 (2 h dim + 2 h)` a layer.
+    """
+
+    type: Literal["parallel_adapter", "linear_adapter"] = "parallel_adapter"
+    dim: int = 32
+    dropout: float = 0.0
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_type: str = "mixedfusedlayernorm"
+    column_init_method: str = "xavier"
+    row_init_method: str = "zero"
+
+    def __post_init__(self) -> None:
+        key = "model.adapter_tuning."
+        if self.norm_position not in ("pre", "post"):
+            raise UserError(f"{key}norm_position={self.norm_position!r}: use 'pre' or 'post'")
+        if self.norm_type not in NORM_TYPES:
+            raise UserError(
+                f"{key}norm_type={self.norm_type!r}: use one of {', '.join(NORM_TYPES)}"
+            )
+        if self.dim < 1:
+            raise UserError(f"{key}adapter_dim={self.dim}: must be at least 1")
+
+    def create(self, site: Site) -> Part | None:
+        """The part for a slot, or None where the method has none."""
+        if site.name in ("attention_output", "cross_attention_output", "mlp_output"):
+            return Bottleneck(site.out_features, self)
+        return None
+
+
+class LayerNormOfPart(nn.LayerNorm):
+    """Layer norm that computes in the type of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class Bottleneck(Part):
+    """`x + dropout(linear_out(swish(linear_in(layer_norm(x)))))`; x [..., h], bottleneck `dim`.
+
+    With `norm_position: post` the norm comes behind `linear_out`. Zero at birth either way.
+    """
+
+    def __init__(self, hidden_size: int, config: BottleneckConfig):
+        super().__init__()
+        self.norm_first = config.norm_position == "pre"
+        self.linear_in = PartLinear(hidden_size, config.dim, bias=False)
+        self.linear_out = PartLinear(config.dim, hidden_size, bias=False)
+        self.layer_norm = LayerNormOfPart(hidden_size, eps=1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.type == "parallel_adapter":
+            key = "model.adapter_tuning."
+            initialise(self.linear_in.weight, config.column_init_method, f"{key}column_init_method")
+            initialise(self.linear_out.weight, config.row_init_method, f"{key}row_init_method")
+        elif (
+            self.norm_first
+        ):  # NeMo's LinearAdapter: torch's initialisation, and zero where it ends
+            nn.init.zeros_(self.linear_out.weight)
+        else:
+            nn.init.zeros_(self.layer_norm.weight)
+
+    def forward(self, call: SlotCall) -> Tensor:
+        x = call.output if call.bias is None else call.output - call.bias
+        inner = self.layer_norm(x) if self.norm_first else x
+        inner = self.linear_out(F.silu(self.linear_in(inner)))
+        if not self.norm_first:
+            inner = self.layer_norm(inner)
+        return call.output + self.dropout(inner)

@@ -1,0 +1,38 @@
+"""IA3: learned vectors that scale keys, values and the MLP's inner activation.
+
+Liu et al. 2022, arXiv:2205.05638, section 3.3. Keys and values are scaled after their projection
+and before rotary positions, the inner activation before the second MLP projection.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.adapters.part import Layout, Part
+from graftwerk.adapters.slots import Site, SlotCall, Split
+
+PLACES = ("keys", "values", "mlp_inner")
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """Trainable parameters: `2 kv_channels num_query_groups + ffn_hidden_size` a layer."""
+
+    def create(self, site: Site) -> Part | None:
+        """The part for a slot, or None where the method has none."""
+        return Scale(site.out_features) if site.name in PLACES else None
+
+
+class Scale(Part):
+    """`scalers * output`, one learned factor a feature, all ones at birth."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.scalers = nn.Parameter(torch.ones(features))
+
+    def forward(self, call: SlotCall) -> Tensor:
+        return call.output * self.scalers.to(call.output.dtype)
+
+    def layouts(self, split: Split) -> dict[str, Layout]:
+        return {"scalers": Layout(dim=0)} if split == "column" else {}

@@ -1,0 +1,128 @@
+"""What every model with slots can do: hold adapters, compose them, give and take their weights."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.adapters.composition import Composition, names, resolve, widening, width
+from graftwerk.adapters.configs import MethodConfig
+from graftwerk.adapters.part import Part
+from graftwerk.adapters.slots import Slot, slots_of
+from graftwerk.errors import UserError
+
+
+class AdapterModel(nn.Module):
+    """A model whose layers own slots. What is active is one expression, held here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: dict[str, MethodConfig] = {}
+        self.active: Composition | str | None = None
+        self.width = 1  # copies of the batch that the active composition needs
+        self.widen_at: int | None = None  # the layer before which the batch is repeated
+
+    def add_adapter(self, name: str, config: MethodConfig) -> None:
+        """Creates an adapter's part in each slot that its method matches; activates nothing.
+
+        Parts are float32 on the device of the model's weights.
+
+        Raises:
+            UserError: for a name that is taken or not usable.
+        """
+        if name in self.adapters:
+            raise UserError(f"adapter {name!r} exists already: choose another name, or delete it")
+        if not name.replace("-", "_").isidentifier():
+            raise UserError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+        device = next(self.parameters()).device
+        for slot in slots_of(self).values():
+            part = config.create(slot.site)
+            if part is not None:
+                slot.adapter_layer[name] = part.to(device)
+        self.adapters[name] = config
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter's parts; one that is active is switched off first."""
+        self._check_known(name)
+        if name in names(self.active):
+            self.set_active(None)
+        for slot in slots_of(self).values():
+            if name in slot.adapter_layer:
+                del slot.adapter_layer[name]
+        del self.adapters[name]
+
+    def set_active(self, composition: Composition | str | None) -> None:
+        """Makes a composition the active one: every slot learns what it has to do.
+
+        Raises:
+            UserError: for a name that no adapter has.
+        """
+        for name in names(composition):
+            self._check_known(name)
+        slots = slots_of(self).values()
+        for slot in slots:
+            slot.active = resolve(composition, dict(slot.adapter_layer.items()))
+        self.active = composition
+        self.width = width(composition)
+        wide = widening(composition)
+        layers = [slot.site.layer for slot in slots if wide & set(slot.adapter_layer)]
+        self.widen_at = min(layers, default=0) if wide else None
+
+    def parts(self, name: str) -> Iterator[tuple[str, Slot, Part]]:
+        """(slot path, slot, part) for every slot in which the adapter has one."""
+        self._check_known(name)
+        for path, slot in slots_of(self).items():
+            if name in slot.adapter_layer:
+                part = slot.adapter_layer[name]
+                assert isinstance(part, Part)
+                yield path, slot, part
+
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """The adapter's weights by `<slot path>.<parameter>`, whatever the adapter is called."""
+        return {
+            f"{path}.{key}": value.detach()
+            for path, _, part in self.parts(name)
+            for key, value in part.state_dict().items()
+        }
+
+    def load_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Copies weights into an adapter.
+
+        Raises:
+            UserError: naming every tensor that is missing, unknown or of another shape.
+        """
+        own = self.adapter_state(name)
+        mistakes = [f"missing {key}" for key in own.keys() - state.keys()]
+        mistakes += [f"unknown {key}" for key in state.keys() - own.keys()]
+        mistakes += [
+            f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        ]
+        if mistakes:
+            shown = "; ".join(sorted(mistakes)[:6])
+            more = f"; and {len(mistakes) - 6} more" if len(mistakes) > 6 else ""
+            raise UserError(f"the weights do not fit adapter {name!r} on this model: {shown}{more}")
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state[key])
+
+    def adapter_config(self, name: str) -> dict[str, Any]:
+        """The adapter's method and settings as plain values, for a file."""
+        self._check_known(name)
+        config: Any = self.adapters[name]
+        return {"method": type(config).__name__, **asdict(config)}
+
+    def freeze_base(self) -> None:
+        """Freezes every weight that is not an adapter's; adapters' become trainable."""
+        self.requires_grad_(False)
+        for name in self.adapters:
+            for _, _, part in self.parts(name):
+                part.requires_grad_(True)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.adapters:
+            have = ", ".join(self.adapters) or "none"
+            raise UserError(f"no adapter is called {name!r}: this model has {have}")

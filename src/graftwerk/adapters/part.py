@@ -1,0 +1,66 @@
+"""The base of all parts."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.adapters.slots import SlotCall, Split
+from graftwerk.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter lies over tensor-parallel ranks.
+
+    `dim`: the dimension that is split; None: every rank holds the whole. `partial_grad`: each
+    rank's gradient of a whole parameter is one summand, to be added up before clipping.
+    """
+
+    dim: int | None = None
+    partial_grad: bool = False
+
+
+class Part(nn.Module):
+    """What one adapter does in one slot: `forward(call) -> output`, of the shape of `call.output`.
+
+    Weights may be wider than the activations (float32 beside bfloat16): a part computes in the type
+    of its input.
+    """
+
+    def forward(self, call: SlotCall) -> Tensor:
+        raise NotImplementedError
+
+    def layouts(self, split: Split) -> dict[str, Layout]:
+        """The layout of each parameter that is not simply held whole, in a slot split this way."""
+        return {}
+
+
+class PartLinear(nn.Linear):
+    """A linear layer that computes in the type of its input, whatever its weights' type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+INIT_METHODS: dict[str, Any] = {
+    # The names and numbers of NeMo's `_get_init_fn`; "uniform" is torch's own default for Linear.
+    "xavier": nn.init.xavier_normal_,
+    "normal": partial(nn.init.normal_, mean=0.0, std=0.2),
+    "kaiming": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+    "uniform": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+    "zero": nn.init.zeros_,
+}
+
+
+def initialise(weight: Tensor, method: str, key: str) -> None:
+    """Fills a weight by a named method; `key` is the configuration key for the error."""
+    if method not in INIT_METHODS:
+        raise UserError(f"{key}={method!r} is not known: use one of {', '.join(INIT_METHODS)}")
+    with torch.no_grad():
+        INIT_METHODS[method](weight)
