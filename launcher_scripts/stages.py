@@ -1,0 +1,163 @@
+"""The stages in canonical order: what each one reads and writes, and what `eval` takes from them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+Paths = Callable[[DictConfig], list[str]]
+SPLITS = ("train", "val", "test", "test_ground_truth")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of work. `reads` and `writes` map the stage's config to paths (files or folders)."""
+
+    name: str
+    learns: bool  # fits parameters: it has `model.data.train_ds` and leaves `model.nemo_path`
+    adapts: bool  # ... of an adapter on a frozen base
+    per_device: bool  # one process for each of `trainer.devices`; otherwise one process alone
+    reads: Paths
+    writes: Paths
+
+    def command(self, python: str, config: Path) -> list[str]:
+        """The argument vector of one process of the stage on a node."""
+        return [python, "-u", *self.module(config)]
+
+    def module(self, config: Path) -> list[str]:
+        """What follows the interpreter, or a launcher of several processes, on the command line."""
+        return ["-m", "graftwerk", self.name, str(config)]
+
+
+def _prep_reads(cfg: DictConfig) -> list[str]:
+    source = OmegaConf.select(cfg, "source")
+    sources = list(source.values()) if isinstance(source, DictConfig) else [source]
+    # "org/name" may be a data set of a Hub: only what can be nothing but a path counts as one.
+    suffixes = (".json", ".jsonl", ".csv", ".parquet")
+    paths = [s for s in sources if s and (s[0] in "/.~" or str(s).endswith(suffixes))]
+    return [*paths, *_each(cfg, "tokenizer")]
+
+
+def _prep_writes(cfg: DictConfig) -> list[str]:
+    folder = Path(str(cfg.output_dir))
+    prefixes = _each(cfg, "tasks") if cfg.get("kind") == "synthetic" else _each(cfg, "prefix")
+    return [str(folder / f"{prefix}_{split}.jsonl") for prefix in prefixes for split in SPLITS]
+
+
+def _learning_reads(cfg: DictConfig) -> list[str]:
+    keys = ("data.train_ds", "data.validation_ds", "language_model_path", "restore_path")
+    return _each(cfg.model, *keys)
+
+
+def _model(cfg: DictConfig) -> list[str]:
+    return _each(cfg.model, "nemo_path")
+
+
+def _eval_reads(cfg: DictConfig) -> list[str]:
+    adapters = OmegaConf.select(cfg, "model.adapters")
+    paths = [] if adapters in (None, "auto") else [str(a["path"]) for a in adapters]
+    return [*_each(cfg, "model.language_model_path", "model.data.test_ds"), *paths]
+
+
+def _eval_writes(cfg: DictConfig) -> list[str]:
+    return [str(Path(str(cfg.run.results_dir)) / "results" / "metrics.json")]
+
+
+def _each(cfg: DictConfig, *keys: str) -> list[str]:
+    """The values under `keys`, lists laid flat; absent, null and `auto` ones are left out."""
+    values: list[Any] = []
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        values += [value] if isinstance(value, str) or value is None else list(value)
+    return [str(value) for value in values if value not in (None, "auto")]
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("data_prep", False, False, False, _prep_reads, _prep_writes),
+        Stage("training", True, False, True, _learning_reads, _model),
+        Stage("adapter_learning", True, True, True, _learning_reads, _model),
+        Stage("ia3_learning", True, True, True, _learning_reads, _model),
+        Stage("eval", False, False, True, _eval_reads, _eval_writes),
+    )
+}
+
+
+def fill_auto(cfg: DictConfig) -> list[str]:
+    """Replace the `auto` values of `cfg.eval.model` in place; returns lines that tell the user.
+
+    The base, its length and the templates are those of the learning stages in `cfg.stages` (of
+    the configured ones where the list has none); the adapters are what these stages leave.
+    Where nothing says what an `auto` value is, it stays for the check to name.
+    """
+    if "eval" not in cfg.stages or not cfg.get("eval"):
+        return []
+    model = cfg.eval.model
+    learners, lines = _learners(cfg)
+    if not learners:
+        return lines
+    with open_dict(cfg):
+        for key in ("language_model_path", "encoder_seq_length"):
+            values = (_learned(cfg[name], key) for name in learners)
+            value = next((v for v in values if v is not None), None)
+            if model.get(key) == "auto" and value is not None:
+                model[key] = value
+        if model.get("task_templates") == "auto":
+            model.task_templates = _templates(cfg[name] for name in learners)
+        if model.get("adapters") == "auto":
+            base = model.get("language_model_path")
+            model.adapters, more = _adapters(cfg, learners, base)
+            lines += more
+    return lines
+
+
+def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
+    """Names of the stages that `eval` follows, adapters before bases, and why it took them."""
+    configured = [s.name for s in STAGES.values() if s.learns and cfg.get(s.name)]
+    listed = [name for name in configured if name in cfg.stages]
+    by_adapters = sorted(listed, key=lambda name: not STAGES[name].adapts)
+    if listed:
+        return by_adapters, []
+    adapted = [name for name in configured if STAGES[name].adapts]
+    found = [name for name in adapted if Path(str(cfg[name].model.nemo_path)).exists()]
+    if found:
+        return found, [f"eval: takes the adapters that exist already: {', '.join(found)}"]
+    expected = " or ".join(str(cfg[name].model.nemo_path) for name in adapted)
+    line = f"eval: scores the base alone: no adapter at {expected}"
+    return adapted or configured, [line] if adapted else []
+
+
+def _learned(cfg: DictConfig, key: str) -> Any:
+    """`key` of a learning stage's model; the base is what `training` leaves, or what others read."""
+    if key == "language_model_path" and OmegaConf.is_missing(cfg.model, key):
+        return None
+    if key == "language_model_path" and cfg.model.get(key) is None:
+        return cfg.model.nemo_path
+    return cfg.model.get(key)
+
+
+def _templates(cfgs: Iterable[DictConfig]) -> list[Any]:
+    """The templates of all learning stages, one for each task name."""
+    templates: dict[str, Any] = {}
+    for cfg in cfgs:
+        for template in cfg.model.get("task_templates") or []:
+            templates.setdefault(template.taskname, OmegaConf.to_container(template, resolve=True))
+    return list(templates.values())
+
+
+def _adapters(cfg: DictConfig, learners: list[str], base: Any) -> tuple[list[Any], list[str]]:
+    adapters, lines = [], []
+    for name in (n for n in learners if STAGES[n].adapts):
+        model = cfg[name].model
+        if name not in cfg.stages and not Path(str(model.nemo_path)).exists():
+            continue
+        if model.language_model_path != base:
+            lines.append(
+                f"eval: leaves out {name}: its base is {model.language_model_path}, not {base}"
+            )
+            continue
+        adapters.append({"name": name, "path": str(model.nemo_path)})
+    return adapters, lines
