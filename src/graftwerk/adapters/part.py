@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.adapters.slots import SlotCall, Split
+from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
 
@@ -17,11 +17,13 @@ from graftwerk.errors import UserError
 class Layout:
     """How one parameter lies over tensor-parallel ranks.
 
-    `dim`: the dimension that is split; None: every rank holds the whole. `partial_grad`: each
-    rank's gradient of a whole parameter is one summand, to be added up before clipping.
+    `dim`: the dimension that is split; None: every rank holds the whole. `blocks`: the dimension
+    is this many runs, each split apart. `partial_grad`: each rank's gradient of a whole parameter
+    is one summand, to be added up before clipping.
     """
 
     dim: int | None = None
+    blocks: int = 1
     partial_grad: bool = False
 
 
@@ -35,8 +37,8 @@ class Part(nn.Module):
     def forward(self, call: SlotCall) -> Tensor:
         raise NotImplementedError
 
-    def layouts(self, split: Split) -> dict[str, Layout]:
-        """The layout of each parameter that is not simply held whole, in a slot split this way."""
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        """The layout of each parameter that is not simply held whole, in a slot at this site."""
         return {}
 
 

@@ -21,7 +21,8 @@ class Site:
     `name` is the place within a layer (`qkv`, `mlp_output`, ...), `layer` the global number of the
     layer from 0 (-1: the embeddings). `split` says what tensor parallelism does to the slot:
     `column`: outputs are split over ranks; `row`: inputs are split and the output is a partial sum;
-    `replicated`: every rank sees the whole.
+    `replicated`: every rank sees the whole. `blocks`: the outputs are this many runs of features
+    (gate and up: 2), each of which is split apart.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Site:
     in_features: int
     out_features: int
     split: Split = "replicated"
+    blocks: int = 1
 
 
 @dataclass(slots=True)

@@ -165,7 +165,7 @@ class MLP(nn.Module):
         wide = 2 * inner if config.gated else inner
         self.linear_fc1 = nn.Linear(hidden, wide, bias=config.bias)
         self.linear_fc2 = nn.Linear(inner, hidden, bias=config.bias)
-        self.fc1 = Slot(Site("fc1", layer, hidden, wide, "column"))
+        self.fc1 = Slot(Site("fc1", layer, hidden, wide, "column", wide // inner))
         self.gate = Slot(Site("gate", layer, hidden, inner, "column")) if config.gated else None
         self.up = Slot(Site("up", layer, hidden, inner, "column")) if config.gated else None
         self.inner = Slot(Site("mlp_inner", layer, inner, inner, "column"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.adapters.part import Layout, Part
-from graftwerk.adapters.slots import Site, SlotCall, Split
+from graftwerk.adapters.slots import Site, SlotCall
 
 PLACES = ("keys", "values", "mlp_inner")
 
@@ -34,5 +34,5 @@ class Scale(Part):
     def forward(self, call: SlotCall) -> Tensor:
         return call.output * self.scalers.to(call.output.dtype)
 
-    def layouts(self, split: Split) -> dict[str, Layout]:
-        return {"scalers": Layout(dim=0)} if split == "column" else {}
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        return {"scalers": Layout(dim=0, blocks=site.blocks)} if site.split == "column" else {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from graftwerk.adapters.part import Layout, Part, PartLinear, initialise
-from graftwerk.adapters.slots import Site, SlotCall, Split
+from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
 # NeMo's target names and the slots that they stand for.
@@ -63,13 +63,13 @@ class LoRA(Part):
         assert call.input is not None, "LoRA needs a slot of a projection"
         return call.output + self.scale * self.linear_out(self.linear_in(self.dropout(call.input)))
 
-    def layouts(self, split: Split) -> dict[str, Layout]:
-        if split == "column":  # A sees the whole input, each rank makes its rows of B A x
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        if site.split == "column":  # A sees the whole input, each rank makes its rows of B A x
             return {
                 "linear_in.weight": Layout(partial_grad=True),
-                "linear_out.weight": Layout(dim=0),
+                "linear_out.weight": Layout(dim=0, blocks=site.blocks),
             }
-        if split == "row":  # each rank's A x is a summand, joined by the base's one all-reduce
+        if site.split == "row":  # each rank's A x is a summand, joined by the base's one all-reduce
             return {
                 "linear_in.weight": Layout(dim=1),
                 "linear_out.weight": Layout(partial_grad=True),

@@ -1,0 +1,1 @@
+"""Parallelism, applied to models from outside by plans that name submodules."""
