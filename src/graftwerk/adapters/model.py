@@ -40,7 +40,7 @@ class AdapterModel(nn.Module):
         for slot in slots_of(self).values():
             part = config.create(slot.site)
             if part is not None:
-                slot.adapter_layer[name] = part.to(device)
+                slot.adapter_layer[name] = part.to(device).train(slot.training)
         self.adapters[name] = config
 
     def delete_adapter(self, name: str) -> None:
