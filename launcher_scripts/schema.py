@@ -1,0 +1,510 @@
+"""Every key that a user may set: its type, its range and its default.
+
+The key names are those of the published launcher. A stage's YAML may leave out what has a default
+here; what it holds besides is a mistake. A default that refers to other keys is an interpolation.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from launcher_scripts.validate import INERT, FilePath, Form, Range
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Path = Annotated[str, FilePath()]
+Name = Annotated[str, Form(r"[A-Za-z0-9][\w.@+=-]*", "a name of letters, digits, . _ - + = @")]
+Scalar = str | int | float | bool | None
+
+_MINUTES = r"\d+(:[0-5]?\d){0,2}"
+_DAYS = r"\d+-\d{1,2}(:[0-5]?\d){0,2}"
+TimeLimit = Annotated[
+    str,
+    Form(
+        rf"({_DAYS}|{_MINUTES})",
+        "a time limit in quotes: minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+        "days-hours:minutes or days-hours:minutes:seconds",
+    ),
+]
+_JOBS = r"(after|afterany|afternotok|afterok|aftercorr|afterburstbuffer)(:\d+(_\d+)?(\+\d+)?)+"
+Dependency = Annotated[
+    str,
+    Form(
+        rf"(singleton|{_JOBS})([,?](singleton|{_JOBS}))*",
+        "singleton or Slurm's after...:JOB_ID, joined by commas",
+    ),
+]
+MaxTime = Annotated[str, Form(r"\d+:\d\d:\d\d:\d\d", "a time as days:hours:minutes:seconds")]
+EnvName = Annotated[str, Form(r"[A-Za-z_]\w*", "the name of an environment variable")]
+NoPrompt = Literal["no-prompts"]
+Precision = (
+    Literal[32, "32", "32-true", "bf16", "bf16-mixed", "bf16-true", 16, "16"]
+    | Literal["16-mixed", "16-true"]
+)
+Scheduler = Literal[
+    "CosineAnnealing",
+    "WarmupAnnealing",
+    "SquareAnnealing",
+    "SquareRootAnnealing",
+    "InverseSquareRootAnnealing",
+    "WarmupPolicy",
+    "WarmupHoldPolicy",
+    "ReduceLROnPlateau",
+    "constant",
+]
+InitMethod = Literal["xavier", "zero", "normal", "uniform", "kaiming"]
+
+
+# ---- all stages
+
+
+@dataclass
+class Run:
+    """What a job is called, how long it may take, where it leaves its files."""
+
+    name: Name
+    results_dir: Path
+    time_limit: TimeLimit | None = "04:00:00"
+    dependency: Dependency | None = "singleton"
+    # Parts that names and paths are put together from.
+    task_name: str | None = None
+    model_train_name: str | None = None
+    convert_name: str | None = None
+    convert_dir: Path | None = None
+
+
+@dataclass
+class Devices:
+    """Where a stage that runs on devices runs (`trainer` of a stage that does not learn)."""
+
+    devices: Positive = 1
+    num_nodes: Positive = 1
+    accelerator: Literal["gpu", "cpu", "auto"] = "gpu"
+    precision: Precision = "bf16"
+
+
+@dataclass
+class Trainer(Devices):
+    """Length, validation and gradients of a training run, in Lightning's names."""
+
+    max_epochs: Annotated[int, Range(-1)] | None = -1
+    max_steps: Annotated[int, Range(-1)] = -1
+    max_time: MaxTime | None = None
+    val_check_interval: Annotated[float, Range(above=0, high=1)] | Positive = 1.0
+    log_every_n_steps: Positive = 10
+    accumulate_grad_batches: Positive = 1
+    gradient_clip_val: NonNegative | None = 1.0
+    resume_from_checkpoint: Path | None = None
+    logger: Literal[False] = field(default=False, metadata=INERT)
+    enable_checkpointing: Literal[False] = field(default=False, metadata=INERT)
+    use_distributed_sampler: Literal[False] = field(default=False, metadata=INERT)
+    replace_sampler_ddp: Literal[False] = field(default=False, metadata=INERT)
+
+
+@dataclass
+class WandbLogger:
+    project: str | None = None
+    name: str | None = None
+
+
+@dataclass
+class CheckpointCallback:
+    """Which checkpoints a training run keeps."""
+
+    monitor: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    save_top_k: Annotated[int, Range(-1)] = 5
+    filename: str = "{step}"
+    save_best_model: bool = True
+    save_nemo_on_train_end: bool = field(default=False, metadata=INERT)
+    model_parallel_size: Positive | None = field(default=None, metadata=INERT)
+
+
+@dataclass
+class ExpManager:
+    """Logs, checkpoints and resuming of a training run."""
+
+    explicit_log_dir: Path | None = None
+    exp_dir: Path | None = None
+    name: str = "graftwerk"
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: WandbLogger = field(default_factory=WandbLogger)
+    resume_if_exists: bool = True
+    resume_ignore_no_checkpoint: bool = True
+    create_checkpoint_callback: bool = True
+    checkpoint_callback_params: CheckpointCallback = field(default_factory=CheckpointCallback)
+
+
+@dataclass
+class TaskTemplate:
+    """How a row of one task becomes a prompt and an answer."""
+
+    taskname: str
+    prompt_template: str
+    answer_field: str | None = "answer"
+    answer_only_loss: bool = True
+    truncate_field: str | None = None
+    total_virtual_tokens: Literal[0] = field(default=0, metadata=INERT)
+    virtual_token_splits: list[Positive] = field(default_factory=list, metadata=INERT)
+
+
+# ---- data_prep
+
+
+@dataclass
+class Split:
+    """Paragraphs (squad) or rows (custom): counts, or shares of the whole."""
+
+    train: Count | Share
+    val: Count | Share
+    test: Count | Share
+
+
+@dataclass
+class Sources:
+    train: str
+    val: str | None = None
+    test: str | None = None
+
+
+@dataclass
+class Rows:
+    train: Count = 8000
+    val: Count = 200
+    test: Count = 200
+
+
+@dataclass
+class SquadPrep:
+    """`data_prep` of SQuAD's own JSON."""
+
+    run: Run
+    output_dir: Path
+    kind: Literal["squad"] = "squad"
+    prefix: Name = "squad"
+    source: Path | None = None
+    split: Split | None = None
+    unanswerable_answer: str | None = None
+    tokenizer: Path | None = None
+    seed: Count = 1234
+
+
+@dataclass
+class CustomPrep:
+    """`data_prep` of any JSONL, CSV, Parquet or Hub data set."""
+
+    run: Run
+    output_dir: Path
+    prefix: Name
+    source: str | Sources
+    prompt_template: str
+    kind: Literal["custom"] = "custom"
+    field_map: dict[str, str] = field(default_factory=dict)
+    answer_words: dict[Any, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: Split | None = None
+    tokenizer: Path | None = None
+    seed: Count = 1234
+
+
+@dataclass
+class SyntheticPrep:
+    """`data_prep` of generated question answering."""
+
+    run: Run
+    output_dir: Path
+    kind: Literal["synthetic"] = "synthetic"
+    tasks: list[Literal["lookup", "translate"]] = field(
+        default_factory=lambda: ["lookup", "translate"]
+    )
+    rows: Rows = field(default_factory=Rows)
+    tokenizer: Path | None = None
+    seed: Count = 1234
+
+
+# ---- learning
+
+
+@dataclass
+class Data:
+    """The rows that a learning stage reads, and how it feeds them."""
+
+    train_ds: list[Path]
+    validation_ds: list[Path] = field(default_factory=list)
+    add_bos: bool = False
+    add_eos: bool = True
+    shuffle: bool = True
+    drop_last: bool = False
+    num_workers: Count = 0
+    pin_memory: bool = False
+
+
+@dataclass
+class Schedule:
+    """The learning rate over the steps; each schedule takes the keys that its formula has."""
+
+    name: Scheduler = "CosineAnnealing"
+    warmup_steps: Count | None = None
+    constant_steps: Count | None = None
+    hold_steps: Count | None = None
+    min_lr: NonNegative | None = None
+    max_steps: Positive | None = None
+    monitor: str = "val_loss"
+    reduce_on_plateau: bool = False
+    factor: Annotated[float, Range(above=0, below=1)] | None = None
+    patience: Count | None = None
+    threshold: NonNegative | None = None
+    cooldown: Count | None = None
+
+
+@dataclass
+class Optim:
+    name: Literal["fused_adam", "adamw", "adam"] = "fused_adam"
+    lr: Annotated[float, Range(above=0)] = 1e-4
+    weight_decay: NonNegative = 0.01
+    betas: list[Annotated[float, Range(0, below=1)]] = field(default_factory=lambda: [0.9, 0.98])
+    eps: Annotated[float, Range(above=0)] = 1e-8
+    sched: Schedule = field(default_factory=Schedule)
+
+
+@dataclass
+class Layout:
+    """How a model and its batches lie on the devices."""
+
+    global_batch_size: Positive = 64
+    micro_batch_size: Positive = 8
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    model_parallel_size: Positive | None = field(default=None, metadata=INERT)
+    gradient_as_bucket_view: bool = field(default=False, metadata=INERT)
+
+
+@dataclass
+class _Learned(Layout):
+    """What the models of all learning stages share."""
+
+    seed: Count = 1234
+    restore_path: Path | None = None
+    existing_tasks: list[str] = field(default_factory=list)
+    new_tasks: list[str] = field(default_factory=list)
+    encoder_seq_length: Annotated[int, Range(2)] = 2048
+    optim: Optim = field(default_factory=Optim)
+    virtual_prompt_style: NoPrompt = field(default="no-prompts", metadata=INERT)
+    pipeline_model_parallel_split_rank: Count | None = field(default=None, metadata=INERT)
+
+
+@dataclass(kw_only=True)
+class IA3Model(_Learned):
+    """A frozen base with IA3's scales."""
+
+    nemo_path: Path
+    language_model_path: Path
+    task_templates: list[TaskTemplate]
+    data: Data
+
+
+@dataclass
+class AdapterTuning:
+    """The bottleneck after attention and after the MLP of each layer."""
+
+    type: Literal["parallel_adapter", "linear_adapter"] = "parallel_adapter"
+    adapter_dim: Positive = 32
+    adapter_dropout: Annotated[float, Range(0, below=1)] = 0.0
+    norm_position: Literal["pre", "post"] | None = "pre"
+    norm_type: Literal["mixedfusedlayernorm", "layernorm"] = "mixedfusedlayernorm"
+    column_init_method: InitMethod = "xavier"
+    row_init_method: InitMethod = "zero"
+
+
+@dataclass(kw_only=True)
+class AdapterModel(IA3Model):
+    """A frozen base with bottleneck adapters."""
+
+    adapter_tuning: AdapterTuning = field(default_factory=AdapterTuning)
+
+
+@dataclass
+class Tokenizer:
+    """What `training` cuts text into."""
+
+    type: Literal["word", "byte", "pretrained"] = "word"
+    path: Path | None = None
+    vocab_size: Positive | None = None
+
+
+@dataclass(kw_only=True)
+class TrainingModel(_Learned):
+    """A whole model, trained from its first weights, in Megatron's names."""
+
+    nemo_path: Path
+    num_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    task_templates: list[TaskTemplate]
+    data: Data
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    ffn_hidden_size: Positive | None = None
+    num_query_groups: Positive | None = None
+    kv_channels: Positive | None = None
+    max_position_embeddings: Positive | None = None
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    layernorm_epsilon: Annotated[float, Range(above=0)] = 1e-5
+    activation: Literal[
+        "gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"
+    ] = "gelu_tanh"
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    rotary_base: Annotated[float, Range(above=0)] = 10000.0
+    bias: bool = True
+    qkv_bias: bool = True
+    share_embeddings_and_output_weights: bool = True
+    init_method_std: Annotated[float, Range(above=0)] = 0.02
+    hidden_dropout: Share = 0.0
+    attention_dropout: Share = 0.0
+    embedding_dropout: Share = 0.0
+
+
+@dataclass
+class TrainingStage:
+    run: Run
+    model: TrainingModel
+    trainer: Trainer = field(default_factory=Trainer)
+    exp_manager: ExpManager = field(default_factory=ExpManager)
+
+
+@dataclass
+class AdapterStage:
+    run: Run
+    model: AdapterModel
+    trainer: Trainer = field(default_factory=Trainer)
+    exp_manager: ExpManager = field(default_factory=ExpManager)
+
+
+@dataclass
+class IA3Stage:
+    run: Run
+    model: IA3Model
+    trainer: Trainer = field(default_factory=Trainer)
+    exp_manager: ExpManager = field(default_factory=ExpManager)
+
+
+# ---- eval
+
+
+@dataclass
+class EvaluatedAdapter:
+    name: Name
+    path: Path
+
+
+@dataclass
+class EvalData:
+    test_ds: list[Path]
+    ground_truth_ds: list[Path] = field(default_factory=list)
+    batch_size: Positive = 8
+    add_bos: bool = False
+
+
+@dataclass
+class Inference:
+    greedy: Literal[True] = True
+    tokens_to_generate: Positive = 32
+    end_strings: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class EvalModel:
+    """Which model answers which rows, and how."""
+
+    data: EvalData
+    seed: Count = 1234
+    language_model_path: Path | Literal["auto"] = "auto"
+    adapters: list[EvaluatedAdapter] | Literal["auto"] = "auto"
+    evaluate_base: bool = True
+    task_templates: list[TaskTemplate] | Literal["auto"] = "auto"
+    encoder_seq_length: Annotated[int, Range(2)] | Literal["auto"] = "auto"
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    inference: Inference = field(default_factory=Inference)
+
+
+@dataclass
+class EvalExpManager:
+    explicit_log_dir: Path | None = None
+
+
+@dataclass
+class EvalStage:
+    run: Run
+    model: EvalModel
+    trainer: Devices = field(default_factory=Devices)
+    exp_manager: EvalExpManager = field(default_factory=EvalExpManager)
+
+
+# ---- clusters and the whole
+
+
+@dataclass
+class Bcm:
+    """Slurm."""
+
+    partition: str | None = None
+    account: str | None = None
+    exclusive: bool = True
+    gpus_per_task: Positive | None = None
+    gpus_per_node: Positive | None = None
+    mem: str | int | None = 0
+    overcommit: bool = False
+    job_name_prefix: str = "nemo-megatron-"
+    nodelist: str | None = None
+    srun_args: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Bcp:
+    """Base Command Platform: the job that `main.py` was started in."""
+
+
+@dataclass
+class Interactive:
+    """This machine."""
+
+
+CLUSTERS: dict[str, type] = {"bcm": Bcm, "bcp": Bcp, "interactive": Interactive}
+
+# A stage's schema; that of data_prep depends on its `kind`.
+PREP_KINDS: dict[str, type] = {
+    "squad": SquadPrep,
+    "custom": CustomPrep,
+    "synthetic": SyntheticPrep,
+}
+STAGE_SCHEMAS: dict[str, type] = {
+    "data_prep": SquadPrep,
+    "training": TrainingStage,
+    "adapter_learning": AdapterStage,
+    "ia3_learning": IA3Stage,
+    "eval": EvalStage,
+}
+
+
+@dataclass
+class Root:
+    """The keys beside the stages and the cluster."""
+
+    stages: list[str]
+    cluster_type: Literal["bcm", "bcp", "interactive"] = "bcm"
+    launcher_scripts_path: Path = "${launcher_scripts:}"
+    data_dir: Path = "${launcher_scripts_path}/data"
+    base_results_dir: Path = "${launcher_scripts_path}/results"
+    container: str | None = None
+    container_mounts: list[str | None] = field(default_factory=list)
+    wandb_api_key_file: Path | None = None
+    env_vars: dict[EnvName, Scalar] = field(default_factory=dict)
+    dry_run: bool = False
+
+
+def stage_schema(stage: str, kind: object = None) -> type:
+    """The dataclass of a stage's configuration; `kind` is that of `data_prep`."""
+    if stage == "data_prep":
+        return PREP_KINDS.get(str(kind), SquadPrep)
+    return STAGE_SCHEMAS[stage]
