@@ -1,4 +1,4 @@
-"""The stages in canonical order: what each one reads and writes, and what `eval` takes from them."""
+"""The stages in canonical order: what each reads and writes, and what `eval` takes from them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
 
 
 def _learned(cfg: DictConfig, key: str) -> Any:
-    """`key` of a learning stage's model; the base is what `training` leaves, or what others read."""
+    """`key` of a learning stage's model; the base is what `training` leaves, others read."""
     if key == "language_model_path" and OmegaConf.is_missing(cfg.model, key):
         return None
     if key == "language_model_path" and cfg.model.get(key) is None:

@@ -1,0 +1,120 @@
+"""A checked configuration to a chain of jobs: planned, written down, then run or submitted."""
+
+import os
+import shlex
+import sys
+
+from omegaconf import DictConfig
+
+from launcher_scripts import job as jobs_
+from launcher_scripts.clusters import backend
+from launcher_scripts.clusters.backend import Backend
+from launcher_scripts.job import Job, LaunchError
+from launcher_scripts.state import write_atomically
+
+
+def launch(cfg: DictConfig, notices: list[str]) -> int:
+    """Write every stage's files and run the chain, or only say what would run (`dry_run`).
+
+    Returns main.py's exit code: 0 done or submitted, 2 a mistake of the user's with nothing
+    written, otherwise the code of the stage that failed, or 1 where the cluster refused.
+    """
+    try:
+        return _launch(cfg, notices)
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return error.code
+
+
+def _launch(cfg: DictConfig, notices: list[str]) -> int:
+    cluster = backend(cfg.cluster_type)(cfg.cluster)
+    jobs = plan(cfg, cluster)
+    mistakes = jobs_.mistakes(jobs) + cluster.check(jobs) + unwritable(jobs)
+    machine = cluster.check_machine(jobs)
+    if cfg.dry_run:
+        notices = [*notices, *machine]
+    else:
+        mistakes += machine
+    if mistakes:
+        raise LaunchError("\n".join(mistakes))
+    for notice in [*notices, *_unused(cfg)]:
+        print(f"note: {notice}", file=sys.stderr)
+    write(jobs, cluster)
+    print(table(jobs, cluster), flush=True)
+    if not cfg.dry_run:
+        return cluster.run(jobs)
+    print("\nDry run: the files above are written, nothing runs. To run them by hand:")
+    print(*(f"  {line}" for line in cluster.next_steps(jobs)), sep="\n")
+    return 0
+
+
+def plan(cfg: DictConfig, cluster: Backend) -> list[Job]:
+    """The jobs of `cfg.stages`, in that order."""
+    prefix = cluster.prefix(cfg.cluster)
+    return [jobs_.build(cfg, str(stage), interpreter(cfg), prefix) for stage in cfg.stages]
+
+
+def interpreter(cfg: DictConfig) -> str:
+    """The Python of the jobs: this one, except in a container, which has its own `python3`."""
+    elsewhere = cfg.cluster_type == "bcm" and cfg.get("container")
+    return str(cfg.cluster.get("python") or ("python3" if elsewhere else sys.executable))
+
+
+def write(jobs: list[Job], cluster: Backend) -> None:
+    """Write each job's config, script and command line. Scripts are rendered before any write."""
+    scripts = chain_scripts(jobs, cluster)
+    for job, script in zip(jobs, scripts, strict=True):
+        try:
+            job.results_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(job.config_path, job.config)
+            write_atomically(job.script, script, mode=0o755)
+            with open(job.results_dir / "launcher_cmd.log", "a", encoding="utf-8") as log:
+                log.write(shlex.join(["python3", *sys.argv]) + "\n")
+        except OSError as error:
+            raise LaunchError(
+                f"{job.stage}.run.results_dir: cannot write to {job.results_dir}: {error.strerror}"
+            ) from None
+
+
+def chain_scripts(jobs: list[Job], cluster: Backend) -> list[str]:
+    """The scripts before submission: ids of jobs that do not exist yet have readable names."""
+    before: list[Job | None] = [None, *jobs[:-1]]
+    return [
+        cluster.render(job, cluster.placeholder(last) if last else None)
+        for job, last in zip(jobs, before, strict=True)
+    ]
+
+
+def unwritable(jobs: list[Job]) -> list[str]:
+    """Results folders that cannot be made or written, known before anything is written."""
+    found = []
+    for job in jobs:
+        nearest = job.results_dir
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            found.append(f"{job.stage}.run.results_dir: {nearest} is a file, not a folder")
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            found.append(
+                f"{job.stage}.run.results_dir: cannot write to {nearest}: set base_results_dir to "
+                "a folder that you may write to"
+            )
+    return found
+
+
+def table(jobs: list[Job], cluster: Backend) -> str:
+    """The chain in aligned columns: what runs, after what, and where its files are."""
+    rows = [("stage", "job", "after", "results_dir")]
+    for number, job in enumerate(jobs):
+        own = job.dependency if cluster.chained_by_cluster else None
+        after = ", ".join(filter(None, [jobs[number - 1].stage if number else None, own]))
+        rows.append((job.stage, job.name, after or "-", str(job.results_dir)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(text.ljust(width) for text, width in row).rstrip() for row in cells)
+
+
+def _unused(cfg: DictConfig) -> list[str]:
+    if cfg.cluster_type == "bcm" or not cfg.get("container"):
+        return []
+    return [f"container: has no effect with cluster_type={cfg.cluster_type}, which starts none"]
