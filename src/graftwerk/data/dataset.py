@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -53,8 +53,8 @@ class Batch:
             self.num_tokens = self.tokens.numel()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
-        return Batch(**{k: function(v) if torch.is_tensor(v) else v for k, v in values.items()})
+        tensors = {k: function(v) for k, v in vars(self).items() if torch.is_tensor(v)}
+        return replace(self, **tensors)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""

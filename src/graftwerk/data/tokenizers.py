@@ -17,8 +17,8 @@ def build_tokenizer(
     """A tokenizer with pad, eos and unk, the same for the same texts.
 
     Args:
-        type: `word`: the words and punctuation marks of `texts`, the most frequent first, and where
-            equally frequent in alphabetical order. `byte`: the 256 bytes; `texts` are not looked at.
+        type: `word`: the words and punctuation marks of `texts`, the most frequent first, equally
+            frequent ones in alphabetical order. `byte`: the 256 bytes; `texts` are not looked at.
         texts: what the model will be trained on.
         vocab_size: the most tokens, the three special ones included; words that do not fit are
             unknown. None keeps every word. `byte` has 259 and takes no other.
