@@ -1,0 +1,108 @@
+"""`python3 -m graftwerk`: what a job runs on a node, and two small commands.
+
+    python3 -m graftwerk STAGE CONFIG.yaml
+    python3 -m graftwerk score PREDICTIONS GROUND_TRUTH
+    python3 -m graftwerk generate --model MODEL [--adapter ADAPTER] --prompt TEXT
+
+Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 checkpointed and to be requeued.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from graftwerk.errors import UserError
+
+# Imported when asked for: `score` needs no torch, and a wrong name needs nothing. The learning
+# stages are one, which is told its name.
+LEARNING = ("training", "adapter_learning", "ia3_learning")
+STAGES = {
+    "data_prep": "graftwerk.stages.data_prep",
+    **dict.fromkeys(LEARNING, "graftwerk.stages.learning"),
+    "eval": "graftwerk.stages.eval",
+}
+COMMANDS = {
+    "score": "graftwerk.evaluation.score",
+    "generate": "graftwerk.generation.command",
+}
+FAILED, WRONG_INPUT = 1, 2
+
+
+def main(argv: list[str]) -> int:
+    """Runs a stage or a command; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else WRONG_INPUT
+    name, *rest = argv
+    if name in COMMANDS:
+        return importlib.import_module(COMMANDS[name]).main(rest) or 0
+    if name not in STAGES:
+        raise UserError(
+            f"{name!r} is no stage or command: use one of {', '.join([*STAGES, *COMMANDS])}"
+        )
+    if len(rest) != 1 or rest[0] in ("-h", "--help"):
+        raise UserError(f"usage: python3 -m graftwerk {name} CONFIG.yaml")
+    cfg = read_config(Path(rest[0]))
+    stage = importlib.import_module(STAGES[name])
+    return (stage.run(name, cfg) if name in LEARNING else stage.run(cfg)) or 0
+
+
+def usage() -> str:
+    """The help text."""
+    head, _, codes = (__doc__ or "").partition("\n\n")[2].rpartition("\n\n")
+    return f"usage:\n{head}\n\nSTAGE: {', '.join(STAGES)}\n{codes}".rstrip()
+
+
+def read_config(path: Path):
+    """A job's YAML as a DictConfig."""
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        cfg = OmegaConf.load(path)
+        OmegaConf.resolve(cfg)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} must hold keys and values: a job's <job>_hydra.yaml")
+    return cfg
+
+
+def guarded(argv: list[str]) -> int:
+    """`main` with errors turned into messages and exit codes."""
+    try:
+        code = main(argv)
+    except UserError as error:
+        if first_rank():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        leave_group(together=False)
+        return WRONG_INPUT
+    except Exception:
+        traceback.print_exc()
+        leave_group(together=False)
+        return FAILED
+    leave_group(together=True)
+    return code
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks: torchrun's rank zero, or srun's, or alone."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return rank == "0"
+
+
+def leave_group(together: bool) -> None:
+    """Ends the process group where there is one; gloo aborts a process that leaves it open."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if together:  # a process that failed would wait for the others in vain
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(sys.argv[1:]))

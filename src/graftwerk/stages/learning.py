@@ -1,0 +1,312 @@
+"""The stages that train: a whole model (`training`), or an adapter on a frozen base.
+
+The method is data: a stage's name and its `model` section say what is trained; the way is the same.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from graftwerk.adapters import method_from_config
+from graftwerk.checkpoints import save_adapter, save_base
+from graftwerk.checkpoints.base import find_checkpoint
+from graftwerk.checkpoints.resume import (
+    DamagedCheckpoint,
+    newest_checkpoint,
+    put_aside,
+    read_checkpoint,
+)
+from graftwerk.data.datamodule import AnswerDataModule
+from graftwerk.errors import UserError
+from graftwerk.training.learner import Learner, build_learner, tokenizer_of
+from graftwerk.training.loggers import build_loggers, check_loggers
+from graftwerk.training.module import LearningModule, TrainingSettings
+from graftwerk.training.optim import DEFAULTS
+from graftwerk.training.summary import peak_memory, show, write_json
+from graftwerk.training.trainer import (
+    CheckpointCallbacks,
+    Steps,
+    build_trainer,
+    check_trainer,
+    device_of,
+)
+from graftwerk.training.world import World
+
+DONE, REQUEUE = 0, 75
+
+
+def run(stage: str, cfg: DictConfig) -> int:
+    """Runs a learning stage; returns the exit code: 0 done, 75 stopped in time and to go on later.
+
+    Args:
+        stage: `training`, `adapter_learning` or `ia3_learning`.
+        cfg: the stage's resolved configuration (`run`, `trainer`, `exp_manager`, `model`).
+
+    Raises:
+        UserError: for input that a person can mend, before anything is written.
+    """
+    world = World.from_environment()
+    check(stage, cfg, world)
+    device = device_of(cfg.trainer, world)
+    say = print if world.rank == 0 else _silence
+    folder = log_folder(cfg)
+    tokenizer = tokenizer_of(stage, cfg.model)
+    data = AnswerDataModule(
+        cfg.model,
+        tokenizer,
+        rank=world.rank,
+        world_size=world.size,
+        seed=cfg.model.seed,
+        accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
+    )
+    for name, report in data.report.items():
+        say(f"{name}: {report}", flush=True)
+    steps = Steps.of(cfg.trainer, data.steps_per_epoch)
+    learner = build_learner(stage, cfg, tokenizer, device)
+    resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
+    module, trainer, callbacks = assemble(cfg, learner, data, steps, world, device, folder, resumed)
+    if resumed is not None:
+        _say_resumed(say, resumed, steps)
+    trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None)
+    if callbacks.last.interrupted:
+        say(_interruption(callbacks, trainer.global_step), flush=True)
+        return REQUEUE if callbacks.last.path is not None else 1
+    val_loss = restore_best(cfg.exp_manager, module, trainer, callbacks)
+    if world.rank == 0:
+        summary = finish(stage, cfg, learner, module, data, device, trainer.global_step, val_loss)
+        write_json(folder / "summary.json", summary)
+        show(summary)
+    return DONE
+
+
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """What the ranks other than zero say."""
+
+
+# ---- before anything is read
+
+
+def check(stage: str, cfg: DictConfig, world: World) -> None:
+    """Raises a UserError for what the configuration alone shows to be wrong."""
+    model = cfg.model
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if (model.get(key) or 1) != 1:
+            raise UserError(f"model.{key}={model[key]} is not supported yet: set it to 1")
+    if not model.get("nemo_path"):
+        raise UserError("model.nemo_path is missing: it says where the result is written")
+    world.check(cfg.trainer.get("devices") or 1, cfg.trainer.get("num_nodes") or 1)
+    check_trainer(cfg.trainer, cfg.exp_manager)
+    check_loggers(cfg.exp_manager)
+    log_folder(cfg)
+    if stage == "training":
+        if not str(model.nemo_path).rstrip("/").endswith(".nemo"):
+            return
+        raise UserError(
+            f"model.nemo_path={model.nemo_path}: stage training writes a folder; leave out `.nemo`"
+        )
+    if not model.get("language_model_path"):
+        raise UserError("model.language_model_path is missing: it names the base model")
+    _refuse_other_families(find_checkpoint(model.language_model_path))
+    method_from_config(model, stage)
+
+
+def _refuse_other_families(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    try:
+        kind = json.loads(config.read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read: {error}") from None
+    if kind in ("t5", "mt5", "umt5"):
+        raise UserError(
+            f"model.language_model_path={folder} is a {kind} model: encoder-decoder models are not "
+            f"supported yet; use a GPT-2 or LLaMA checkpoint"
+        )
+
+
+def log_folder(cfg: DictConfig) -> Path:
+    """Where metrics, checkpoints and the summary go: `explicit_log_dir`, else `exp_dir/name`."""
+    manager = cfg.exp_manager
+    if manager.get("explicit_log_dir"):
+        return Path(manager.explicit_log_dir)
+    if manager.get("exp_dir"):
+        return Path(manager.exp_dir) / (manager.get("name") or "default")
+    raise UserError("exp_manager.explicit_log_dir or exp_manager.exp_dir must name a folder")
+
+
+# ---- the run
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that this run goes on from."""
+
+    path: Path
+    step: int
+
+
+def find_resume(
+    manager: DictConfig, trainer: DictConfig, folder: Path, say: Any, world: World
+) -> Resumed | None:
+    """The run's own newest checkpoint; where it has none, `trainer.resume_from_checkpoint`."""
+    if manager.get("resume_if_exists"):
+        found = newest_checkpoint(folder, lambda line: say(f"warning: {line}", flush=True))
+        if found is not None:
+            return Resumed(found[0], found[1]["global_step"])
+    given = trainer.get("resume_from_checkpoint")
+    if given:
+        try:
+            return Resumed(Path(given), read_checkpoint(given)["global_step"])
+        except DamagedCheckpoint as error:
+            raise UserError(
+                f"trainer.resume_from_checkpoint={given} cannot be read: {error}"
+            ) from None
+    if manager.get("resume_if_exists") and not manager.get("resume_ignore_no_checkpoint"):
+        raise UserError(
+            f"exp_manager.resume_if_exists: {folder} holds no checkpoint; set "
+            f"exp_manager.resume_ignore_no_checkpoint: True to start anew"
+        )
+    if world.rank == 0 and (aside := put_aside(folder)):
+        say(f"starting anew; earlier checkpoints are now in {aside}", flush=True)
+    return None
+
+
+def assemble(
+    cfg: DictConfig,
+    learner: Learner,
+    data: AnswerDataModule,
+    steps: Steps,
+    world: World,
+    device: torch.device,
+    folder: Path,
+    resumed: Resumed | None,
+) -> tuple[LearningModule, pl.Trainer, CheckpointCallbacks]:
+    """Module, trainer and the callbacks that keep checkpoints."""
+    sched = cfg.model.optim.get("sched") or {}
+    optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
+    settings = TrainingSettings(
+        optim=optim,
+        max_steps=steps.total,
+        steps_per_epoch=steps.per_epoch,
+        gradient_clip_val=cfg.trainer.get("gradient_clip_val") or 0.0,
+        log_every_n_steps=cfg.trainer.get("log_every_n_steps") or 10,
+        seed=cfg.model.seed,
+        rank=world.rank,
+        autocast=learner.autocast,
+        monitor=sched.get("monitor") or "val_loss",
+    )
+    module = LearningModule(learner.model, settings)
+    limit = cfg.trainer.get("limit_val_batches")
+    validates = len(data.val_set) > 0 and limit != 0
+    if not validates and sched.get("name") == "ReduceLROnPlateau":
+        raise UserError(
+            "model.optim.sched.name=ReduceLROnPlateau needs validation: give "
+            "model.data.validation_ds"
+        )
+    name = cfg.exp_manager.get("name") or "checkpoint"
+    callbacks = CheckpointCallbacks.of(cfg.exp_manager, folder / "checkpoints", validates, name)
+    trainer = build_trainer(
+        cfg,
+        world=world,
+        device=device,
+        steps=steps,
+        validates=validates,
+        callbacks=callbacks.list(),
+        loggers=build_loggers(cfg.exp_manager, folder, resumed.step if resumed else 0),
+        folder=folder,
+    )
+    if world.rank == 0:
+        _say_setting(learner, module, optim, validates)
+    return module, trainer, callbacks
+
+
+def _say_setting(learner: Learner, module: LearningModule, optim: dict, validates: bool) -> None:
+    count = sum(p.numel() for p in module.trained.values())
+    total = sum(p.numel() for p in learner.model.parameters())
+    print(f"training {count:,} of {total:,} parameters ({count / total:.3%})")
+    decay = optim.get("weight_decay", DEFAULTS["weight_decay"])
+    if decay and all(p.ndim < 2 for p in module.trained.values()):
+        print(f"model.optim.weight_decay={decay} has no effect: only vectors are trained")
+    if not validates:
+        print("no validation: the last weights are written, not the best")
+    sys.stdout.flush()
+
+
+def _say_resumed(say: Any, resumed: Resumed, steps: Steps) -> None:
+    if steps.total is not None and resumed.step >= steps.total:
+        say(f"complete already: {resumed.path} is at step {resumed.step}; writing its result again")
+    else:
+        say(f"going on from step {resumed.step}: {resumed.path}", flush=True)
+
+
+def _interruption(callbacks: CheckpointCallbacks, step: int) -> str:
+    reason, path = callbacks.last.interrupted, callbacks.last.path
+    if path is None:
+        return f"stopped by {reason} at step {step}; nothing saved: no checkpoints are kept"
+    return f"stopped by {reason} at step {step}: start again to go on from {path}"
+
+
+# ---- the result
+
+
+def restore_best(
+    manager: DictConfig,
+    module: LearningModule,
+    trainer: pl.Trainer,
+    callbacks: CheckpointCallbacks,
+) -> float | None:
+    """With `save_best_model` puts the best weights back; returns the validation loss of what stays.
+
+    None where these weights have not been validated.
+    """
+    params = manager.get("checkpoint_callback_params") or {}
+    best = callbacks.top.best_path() if callbacks.top is not None else None
+    if best is not None and params.get("save_best_model"):
+        checkpoint = read_checkpoint(best)
+        module.load_state_dict(checkpoint["state_dict"])
+        return checkpoint["graftwerk"]["val_loss"]
+    return module.val_loss_at(trainer.global_step)
+
+
+def finish(
+    stage: str,
+    cfg: DictConfig,
+    learner: Learner,
+    module: LearningModule,
+    data: AnswerDataModule,
+    device: torch.device,
+    steps: int,
+    val_loss: float | None,
+) -> dict[str, Any]:
+    """Writes the model or adapter and returns the summary."""
+    model, path = learner.model, Path(str(cfg.model.nemo_path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if learner.adapter is None:
+        save_base(model, learner.tokenizer, path)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    else:
+        size = save_adapter(
+            model, learner.adapter, path, {"base": learner.base, "stage": stage, "steps": steps}
+        )
+    return {
+        "stage": stage,
+        "method": model.adapter_config(learner.adapter)["method"] if learner.adapter else None,
+        "base": learner.base,
+        "adapter": str(path),
+        "trainable_parameters": sum(p.numel() for p in module.trained.values()),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "seconds": round(module.seconds, 3),
+        "seconds_per_step": round(module.seconds / steps, 6) if steps else None,
+        "file_bytes": size,
+        "peak_memory_bytes": peak_memory(device),
+        "val_loss": val_loss,
+        "rows": {name: report.as_dict() for name, report in data.report.items()},
+    }

@@ -1,0 +1,1 @@
+"""The training loop: one Lightning module, manual optimization, whatever the method or layout."""

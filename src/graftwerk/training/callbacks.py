@@ -1,0 +1,158 @@
+"""Callbacks: the checkpoint to go on from, leaving in time, and progress in plain lines."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STEPS_BETWEEN_QUESTIONS = 10  # with several processes: how often they ask whether one must stop
+
+
+class TopCheckpoints(ModelCheckpoint):
+    """The best checkpoints by the monitored metric, saved when a validation ends."""
+
+    def best_path(self) -> Path | None:
+        """The best that is still there: a killed run may have removed a file it had noted."""
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted(self.best_k_models.items(), key=lambda item: sign * float(item[1]))
+        return next((Path(path) for path, _ in ranked if Path(path).is_file()), None)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the newest state in one file, and stops a run in time.
+
+    Saves when a validation ends (an epoch, without validation), every `every_n_steps`, at the last
+    step, and when the run has to stop: after `seconds`, or by one of `STOP_SIGNALS`. It is called
+    after `TopCheckpoints`, whose state is part of the file.
+
+    Args:
+        path: of the file; None: save nothing and let signals be.
+        seconds: of this process's run, or None.
+        every_n_steps: 0: never between validations.
+    """
+
+    def __init__(self, path: Path | None, seconds: float | None = None, every_n_steps: int = 0):
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.deadline = time.monotonic() + seconds if seconds is not None else None
+        self.signal: int | None = None
+        self.interrupted: str | None = None  # why the run stopped before its end
+        self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.path is not None:
+            for number in STOP_SIGNALS:
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        at_end = trainer.max_steps is not None and 0 < trainer.max_steps <= step
+        reason = None if at_end else self._must_stop(trainer)
+        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        if at_end or reason or due:
+            self._save(trainer)
+        if reason:
+            self.interrupted = reason
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A validation that runs because the run was told to stop has been saved before it.
+        if not trainer.sanity_checking and self.interrupted is None:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation and self.interrupted is None:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.path is not None:
+            trainer.save_checkpoint(self.path)
+
+    def _must_stop(self, trainer: pl.Trainer) -> str | None:
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        number = self.signal or 0
+        if trainer.world_size > 1:
+            if trainer.global_step % STEPS_BETWEEN_QUESTIONS:
+                return None
+            answers = torch.tensor([int(late), number], device=trainer.strategy.root_device)
+            dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+            late, number = (int(answer) for answer in answers.tolist())
+        if number:
+            return signal.Signals(number).name
+        return "exp_manager.max_time_per_run" if late else None
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar on a terminal, with short numbers and no version."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        items: dict[str, Any] = super().get_metrics(trainer, pl_module)  # type: ignore[assignment]
+        items.pop("v_num", None)
+        return {key: _short(value) for key, value in items.items()}
+
+
+class Lines(ProgressBar):
+    """Progress where standard output is no terminal: a plain line now and then, by rank zero."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
+        self.enabled = True
+        self.started, self.first_step = time.monotonic(), 0
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started, self.first_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == 1:
+            keys = ("train_loss", "lr", "samples/s", "tokens/s")
+            self._say(trainer, keys, self._left(trainer, step))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._say(trainer, ("val_loss",), "")
+
+    def _say(self, trainer: pl.Trainer, keys: tuple[str, ...], left: str) -> None:
+        if not self.enabled or not trainer.is_global_zero:
+            return
+        total = f"/{trainer.max_steps}" if (trainer.max_steps or 0) > 0 else ""
+        metrics = trainer.callback_metrics
+        shown = [f"{key} {_short(float(metrics[key]))}" for key in keys if key in metrics]
+        words = [f"step {trainer.global_step}{total}", f"epoch {trainer.current_epoch + 1}", *shown]
+        print("  ".join([*words, *([left] if left else [])]), flush=True)
+
+    def _left(self, trainer: pl.Trainer, step: int) -> str:
+        done = step - self.first_step
+        if done <= 0 or not trainer.max_steps or trainer.max_steps < 0:
+            return ""
+        seconds = (trainer.max_steps - step) * (time.monotonic() - self.started) / done
+        return f"left {time.strftime('%H:%M:%S', time.gmtime(seconds))}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

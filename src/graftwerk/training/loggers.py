@@ -1,0 +1,115 @@
+"""Metrics in a CSV file that a resumed run goes on with, and the other loggers asked for."""
+
+import csv
+import importlib.util
+import io
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from graftwerk.errors import UserError
+
+COLUMNS: tuple[str, ...] = (
+    "step",
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "samples/s",
+    "tokens/s",
+)
+
+
+class MetricsCSV(Logger):
+    """Appends a row to `metrics.csv` for each line of metrics; empty cells where it has none.
+
+    Args:
+        folder: where the file lies.
+        resumed_at: the step that this run goes on from; later rows of an earlier run go.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int):
+        super().__init__()
+        self.path = folder / "metrics.csv"
+        self.resumed_at = resumed_at
+        self._file: IO[str] | None = None
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the job's YAML holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        file = self._file = self._file or self._open()
+        row = {"step": step, **metrics}
+        csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+        file.flush()
+
+    def _open(self) -> IO[str]:
+        kept = []
+        if self.resumed_at and self.path.is_file():
+            with open(self.path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if _step(row) <= self.resumed_at]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        partial.write_text(text.getvalue(), newline="")
+        os.replace(partial, self.path)
+        return open(self.path, "a", newline="")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _step(row: dict[str, str]) -> float:
+    # A row that a killed run left half-written has no step to speak of.
+    return int(row["step"]) if (row["step"] or "").isdigit() else float("inf")
+
+
+def check_loggers(exp_manager: DictConfig) -> None:
+    """Raises a UserError where a logger is asked for that cannot be had."""
+    if exp_manager.get("create_wandb_logger") and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "exp_manager.create_wandb_logger=True needs the package wandb: install it "
+            "(pip install wandb), or set exp_manager.create_wandb_logger: False"
+        )
+
+
+def build_loggers(exp_manager: DictConfig, folder: Path, resumed_at: int) -> list[Logger]:
+    """CSV always, TensorBoard unless switched off, Weights & Biases on request."""
+    loggers: list[Logger] = [MetricsCSV(folder, resumed_at)]
+    if exp_manager.get("create_tensorboard_logger", True):
+        # `purge_step`: TensorBoard forgets what an earlier run wrote past the resumed step.
+        purge: dict[str, Any] = {"purge_step": resumed_at + 1} if resumed_at else {}
+        loggers.append(TensorBoardLogger(folder, name="", version="", **purge))
+    if exp_manager.get("create_wandb_logger"):
+        from pytorch_lightning.loggers import WandbLogger
+
+        given: Any = OmegaConf.to_container(
+            exp_manager.get("wandb_logger_kwargs") or OmegaConf.create({}), resolve=True
+        )
+        loggers.append(WandbLogger(save_dir=str(folder), **given))
+    return loggers

@@ -1,0 +1,18 @@
+"""The loss over labelled positions."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of cross-entropies (nats), as a float32 scalar.
+
+    A sum, not a mean: the divisor is the weight of the global batch, which no micro-batch knows.
+
+    Args:
+        logits: [N, V], any float type.
+        labels: [N] int64.
+        weights: [N] float32.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return (losses * weights).sum()

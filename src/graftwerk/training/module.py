@@ -1,0 +1,303 @@
+"""The LightningModule: one training step is one optimizer step, whatever lies inside it."""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from graftwerk.adapters.slots import Slot
+from graftwerk.data.dataset import Batch
+from graftwerk.errors import UserError
+from graftwerk.training.gradients import GradientBucket
+from graftwerk.training.loss import answer_loss
+from graftwerk.training.optim import build_optimizer
+from graftwerk.training.schedules import build_schedule
+
+# What travels with the gradients, and what validation sums.
+LOSS, WEIGHT, ROWS, TOKENS = range(4)
+SUMS = 4
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What the module reads of the stage's configuration.
+
+    Args:
+        optim: the `model.optim` section.
+        max_steps: optimizer steps of the whole run; None: no end.
+        steps_per_epoch: optimizer steps of an epoch, `limit_train_batches` applied.
+        gradient_clip_val: the largest norm of all gradients; 0 clips nothing.
+        log_every_n_steps: steps between two lines of metrics.
+        seed: of dropout.
+        rank: of this process among the data-parallel ones.
+        autocast: run forward passes under bfloat16 autocast (weights stay float32).
+        monitor: the metric that a ReduceLROnPlateau schedule watches.
+    """
+
+    optim: Mapping[str, Any]
+    max_steps: int | None
+    steps_per_epoch: int
+    gradient_clip_val: float = 0.0
+    log_every_n_steps: int = 10
+    seed: int = 1234
+    rank: int = 0
+    autocast: bool = False
+    monitor: str = "val_loss"
+
+
+class LearningModule(pl.LightningModule):
+    """Trains whatever parameters of `model` require gradients.
+
+    A batch is this process's `list[Batch]` of micro-batches of one optimizer step. Its gradients
+    are those of the summed loss; one reduction adds them up over processes together with the label
+    weight that divides them.
+
+    Before each step the random state is set from (seed, step, rank), so dropout needs no saved
+    state and does not depend on when validation ran.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainingSettings):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.settings = settings
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise UserError("nothing to train: no parameter of the model requires a gradient")
+        self.seconds_before = 0.0  # of the runs that this one goes on from
+        self.started = time.monotonic()
+        self.validated: tuple[int, float] | None = None  # the last: (step, loss)
+
+    # ---- set-up
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.settings.optim, self.trained.values())
+        schedule = build_schedule(
+            self.settings.optim.get("sched"),
+            optimizer,
+            float(optimizer.param_groups[0]["lr"]),
+            self.settings.max_steps,
+        )
+        scheduler = {"scheduler": schedule, "interval": "step", "monitor": self.settings.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        self.window = torch.zeros(SUMS, device=self.device)  # sums since the last line of metrics
+        self.validation = torch.zeros(SUMS, device=self.device)
+        self.paused = 0.0  # seconds of validation within the window
+
+    def on_train_start(self) -> None:
+        self.bucket = GradientBucket(self.trained.values(), SUMS)
+        self.started = self.window_start = time.monotonic()
+        self._set_modes()
+
+    def _set_modes(self) -> None:
+        # A frozen base computes as it will later; only adapters' own dropout is switched on.
+        whole = len(self.trained) == len(dict(self.model.named_parameters()))
+        self.model.train(whole)
+        for module in self.model.modules():
+            if isinstance(module, Slot):
+                module.adapter_layer.train()
+
+    def transfer_batch_to_device(
+        self, batch: list[Batch], device: torch.device, dataloader_idx: int
+    ) -> list[Batch]:
+        if device.type == "cpu":
+            return batch
+        return [micro.to(device, non_blocking=True) for micro in batch]
+
+    # ---- training
+
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
+        settings, sums = self.settings, self.bucket.sums
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        torch.manual_seed(step_seed(settings.seed, self.global_step, settings.rank))
+        self.bucket.flat.zero_()
+        for micro in batch:
+            loss = self._loss(micro)
+            loss.backward()
+            self._add(sums, loss, micro)
+        self.bucket.reduce()
+        self.bucket.gradients.div_(sums[WEIGHT])
+        norm = self.bucket.clip(settings.gradient_clip_val)
+        self.window += sums
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        if not isinstance(scheduler, ReduceLROnPlateau | list | None):
+            scheduler.step()
+        if self.global_step % settings.log_every_n_steps == 0:
+            self._report(sums[LOSS] / sums[WEIGHT], norm, rate)
+
+    def _loss(self, micro: Batch) -> Tensor:
+        with self._precision():
+            logits = self.model(
+                micro.tokens, micro.positions, micro.end, select=micro.label_positions
+            )
+        return answer_loss(logits, micro.labels, micro.weights)
+
+    def _precision(self) -> AbstractContextManager:
+        if self.settings.autocast:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    @staticmethod
+    def _add(sums: Tensor, loss: Tensor, micro: Batch) -> None:
+        sums[LOSS] += loss.detach()
+        sums[WEIGHT] += micro.weights.sum()
+        sums[ROWS] += micro.num_rows
+        sums[TOKENS] += micro.num_tokens
+
+    def _report(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+        # The only place of a step that waits for the device.
+        train_loss, grad_norm, rows, tokens = torch.stack(
+            [loss, norm, self.window[ROWS], self.window[TOKENS]]
+        ).tolist()
+        if not np.isfinite(train_loss) or not np.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"step {self.global_step}: train_loss is {train_loss}, the gradients' norm "
+                f"{grad_norm}: lower model.optim.lr, or set trainer.precision: 32"
+            )
+        now = time.monotonic()
+        seconds = max(now - self.window_start - self.paused, 1e-9)
+        self.window.zero_()
+        self.window_start, self.paused = now, 0.0
+        shown = {
+            "train_loss": train_loss,
+            "samples/s": rows / seconds,
+            "tokens/s": tokens / seconds,
+        }
+        quiet = {"lr": rate, "grad_norm": grad_norm}
+        self._publish(shown, prog_bar=True)
+        self._publish(quiet, prog_bar=False)
+        self._write({**shown, **quiet})
+
+    # ---- validation
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Nothing: Lightning would drop the gradients, which are views that stay."""
+
+    def on_validation_start(self) -> None:
+        self.validation_start = time.monotonic()
+        self.validation.zero_()
+
+    def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
+        for micro in batch:
+            self._add(self.validation, self._loss(micro), micro)
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self.validation, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        loss = (total[LOSS] / total[WEIGHT]).item() if total[WEIGHT] else float("nan")
+        self._publish({"val_loss": loss}, prog_bar=True)
+        if self.trainer.sanity_checking:
+            return
+        self._write({"val_loss": loss})
+        self.validated = (self.global_step, loss)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(self._watched(loss))
+
+    def _watched(self, val_loss: float) -> float:
+        metrics = {**self.trainer.callback_metrics, "val_loss": val_loss}
+        if self.settings.monitor not in metrics:
+            raise UserError(
+                f"model.optim.sched.monitor={self.settings.monitor!r} is not known: use one of "
+                f"{', '.join(metrics)}"
+            )
+        return float(metrics[self.settings.monitor])
+
+    def on_validation_end(self) -> None:
+        self.paused += time.monotonic() - self.validation_start
+
+    # ---- metrics
+
+    def _publish(self, metrics: dict[str, float], prog_bar: bool) -> None:
+        # For the bar and for callbacks that monitor; the files get them from `_write`, whose step
+        # is the optimizer's also after a resume.
+        tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()}
+        self.log_dict(tensors, prog_bar=prog_bar, logger=False, batch_size=1)
+
+    def _write(self, metrics: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=self.global_step)
+
+    @property
+    def seconds(self) -> float:
+        """Of training and validation, over all the runs that made this state."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def val_loss_at(self, step: int) -> float | None:
+        """The validation loss of the weights at a step, where they have been validated."""
+        known = self.validated is not None and self.validated[0] == step
+        return self.validated[1] if known and self.validated else None
+
+    # ---- checkpoints: trained weights only, and where the data stands
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
+        wrong = [
+            name
+            for name in {**self.trained, **state_dict}
+            if name not in self.trained
+            or name not in state_dict
+            or state_dict[name].shape != self.trained[name].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"the checkpoint to go on from is of another model or adapter ({len(wrong)} of its "
+                f"weights differ, such as {min(wrong)}): use another run.results_dir, or set "
+                f"exp_manager.resume_if_exists: False"
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state_dict[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["graftwerk"] = {
+            "seconds": self.seconds,
+            "rows": data.samples_after(data.steps_per_epoch),
+            "step_rows": data.step_rows,
+            "val_loss": self.val_loss_at(self.global_step),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        saved, rows = checkpoint["graftwerk"], data.samples_after(data.steps_per_epoch)
+        if (saved["rows"], saved["step_rows"]) != (rows, data.step_rows):
+            raise UserError(
+                f"the checkpoint to go on from was made with {saved['rows']} rows an epoch and "
+                f"{saved['step_rows']} a step, this run has {rows} and {data.step_rows}: put the "
+                f"data, model.global_batch_size and trainer.accumulate_grad_batches back, or set "
+                f"exp_manager.resume_if_exists: False"
+            )
+        self.seconds_before = saved["seconds"]
+        if saved["val_loss"] is not None:
+            self.validated = (checkpoint["global_step"], saved["val_loss"])
+        epochs, steps = divmod(checkpoint["global_step"], self.settings.steps_per_epoch)
+        data.set_consumed(epochs * rows + data.samples_after(steps))
+
+    def on_train_epoch_start(self) -> None:
+        # An epoch that `limit_train_batches` cuts short leaves the sampler in its middle.
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.global_step == self.current_epoch * self.settings.steps_per_epoch:
+            data.set_consumed(self.current_epoch * data.samples_after(data.steps_per_epoch))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """One 64-bit seed for each step of each process."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

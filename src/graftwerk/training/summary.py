@@ -1,0 +1,49 @@
+"""What a learning stage tells at its end: `summary.json` and a table."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Beside first, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The end table."""
+    share = summary["trainable_parameters"] / summary["total_parameters"]
+    loss = summary["val_loss"]
+    rows = {
+        "steps": f"{summary['steps']:,}",
+        "validation loss": "not validated" if loss is None else f"{loss:.4f}",
+        "trainable parameters": f"{summary['trainable_parameters']:,} ({share:.3%})",
+        "time": time.strftime("%H:%M:%S", time.gmtime(summary["seconds"])),
+        "file": f"{summary['adapter']} ({summary['file_bytes']:,} bytes)",
+    }
+    table = Table(title=summary["stage"], show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is never cut short
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)

@@ -1,0 +1,66 @@
+"""Which process of how many this is, as srun, torchrun or a launcher of its kind says."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from graftwerk.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank among `size` processes; `environment` tells Lightning, None for one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    environment: ClusterEnvironment | None = None
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> "World":
+        """torchrun's RANK, LOCAL_RANK and WORLD_SIZE first, then srun's variables, else alone.
+
+        Slurm's are believed inside a job step only: a batch script has SLURM_NTASKS too.
+        """
+        if "RANK" in env and "WORLD_SIZE" in env:
+            rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+            local_rank = _number(env, "LOCAL_RANK") if "LOCAL_RANK" in env or size > 1 else 0
+            return cls(rank, local_rank, size, _outside(TorchElasticEnvironment, size))
+        if "SLURM_PROCID" in env and ("SLURM_STEP_ID" in env or "SLURM_STEPID" in env):
+            count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+            size = _number(env, count) if count in env else 1
+            rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
+            return cls(rank, local_rank, size, _outside(_Slurm, size))
+        return cls()
+
+    def check(self, devices: int, num_nodes: int) -> None:
+        """Raises a UserError where another number of processes was started than is configured."""
+        if devices * num_nodes != self.size:
+            raise UserError(
+                f"trainer.devices={devices} x trainer.num_nodes={num_nodes} needs "
+                f"{devices * num_nodes} processes, one for each device, but {self.size} "
+                f"{'was' if self.size == 1 else 'were'} started: start it through main.py, srun or "
+                f"`torchrun --nproc-per-node {devices}`, or change trainer.devices"
+            )
+
+
+class _Slurm(SLURMEnvironment):
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)  # what to do about signals is ours to say
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Nothing: `World.check` has looked already, with a message of our own."""
+
+
+def _outside(kind: type[ClusterEnvironment], size: int) -> ClusterEnvironment | None:
+    return kind() if size > 1 else None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if not env.get(name, "").isdigit():
+        raise UserError(f"environment variable {name}={env.get(name)!r} must be a whole number")
+    return int(env[name])
