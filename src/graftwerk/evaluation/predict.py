@@ -1,0 +1,113 @@
+"""Answers of a model to the rows of a file."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from graftwerk.data.encoding import Encoder, RowDropped
+from graftwerk.data.jsonl import Row, read_rows
+from graftwerk.data.templates import RowError
+from graftwerk.errors import UserError
+from graftwerk.generation import generate
+from graftwerk.models import GPT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Questions:
+    """Rows with an id, their prompts in tokens, and why others have none."""
+
+    rows: list[Row] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def read(cls, files: Sequence[str], encoders: Mapping[str, Encoder], room: int) -> "Questions":
+        """All rows of some JSONL files whose prompts leave room for an answer.
+
+        A prompt is cut, where its template allows it, to leave `room` tokens; one that may not be
+        cut stays whole as long as one token fits behind it.
+
+        Raises:
+            UserError: for a row without an id, a task or a field of its template.
+        """
+        questions = cls()
+        for path in files:
+            for number, row in read_rows(path):
+                where = f"{path}, line {number}"
+                if "id" not in row:
+                    raise UserError(f"{where}: no field 'id', which joins answers to questions")
+                encoder = _encoder_of(row, encoders, where)
+                try:
+                    prompt = _prompt(encoder, row, room)
+                except RowError as error:
+                    raise UserError(f"{where}: {error}") from None
+                except RowDropped as error:
+                    questions.dropped[str(error)] += 1
+                    continue
+                questions.rows.append(row)
+                questions.prompts.append(prompt)
+        return questions
+
+
+def _encoder_of(row: Row, encoders: Mapping[str, Encoder], where: str) -> Encoder:
+    name = row.get("taskname")
+    if name is None and len(encoders) == 1:
+        return next(iter(encoders.values()))
+    if name not in encoders:
+        raise UserError(
+            f"{where}: taskname {name!r} has no entry in model.task_templates; "
+            f"these have one: {', '.join(encoders)}"
+        )
+    return encoders[name]
+
+
+def _prompt(encoder: Encoder, row: Row, room: int) -> list[int]:
+    try:
+        return encoder.encode_prompt(row, room)
+    except RowDropped:
+        return encoder.encode_prompt(row, 1)
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """How answers are decoded: greedy, `max_new_tokens` at most, up to one of `end_strings`."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_new_tokens: int
+    end_strings: tuple[str, ...] = ()
+    batch_size: int = 8
+
+    def answer(
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        progress: Callable[[int], object] = lambda finished: None,
+    ) -> list[str]:
+        """The text behind each prompt, without what ends it and without space around it."""
+        eos = self.tokenizer.eos_token_id
+        added = generate(
+            model,
+            prompts,
+            self.max_new_tokens,
+            eos_ids=[eos] if isinstance(eos, int) else [],
+            batch_size=self.batch_size,
+            stop=self._ended if self.end_strings else None,
+            progress=progress,
+        )
+        return [self._trimmed(self._text(tokens)) for tokens in added]
+
+    def _text(self, tokens: list[int]) -> str:
+        text: Any = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _ended(self, tokens: list[int]) -> bool:
+        text = self._text(tokens)
+        return any(end in text for end in self.end_strings)
+
+    def _trimmed(self, text: str) -> str:
+        ends = [text.index(end) for end in self.end_strings if end in text]
+        return text[: min(ends, default=len(text))].strip()

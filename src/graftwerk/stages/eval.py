@@ -1,0 +1,222 @@
+"""The `eval` stage: the base and adapters answer the same questions, and are scored side by side.
+
+Writes `<name>/predictions.jsonl` for each and `metrics.json` to `exp_manager.explicit_log_dir`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from graftwerk.checkpoints import load_adapter, load_base, load_tokenizer
+from graftwerk.data.datamodule import data_files, encoders_from_config
+from graftwerk.data.jsonl import read_rows, replacing, write_json
+from graftwerk.errors import UserError
+from graftwerk.evaluation.metrics import squad_scores
+from graftwerk.evaluation.predict import Answerer, Questions
+from graftwerk.models import GPT
+from graftwerk.training.trainer import device_of, precision_of
+from graftwerk.training.world import World
+
+BASE = "base"
+# What a learning stage told of an adapter in its `summary.json`, to stand beside the scores.
+LEARNED = ("trainable_parameters", "total_parameters", "steps", "seconds", "file_bytes")
+
+
+def run(cfg: DictConfig) -> int:
+    """Runs the stage on a resolved config (`trainer`, `exp_manager`, `model`).
+
+    Raises:
+        UserError: for input that a person can mend, before anything is written.
+    """
+    check(cfg)
+    model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
+    truth = read_truth(data_files(model_cfg, "ground_truth_ds"))
+    tokenizer = load_tokenizer(model_cfg.language_model_path)
+    device = device_of(cfg.trainer, World.from_environment())
+    model = load_base(model_cfg.language_model_path, precision_of(cfg.trainer), device)
+    for adapter in model_cfg.adapters:
+        load_adapter(model, adapter.path, adapter.name)
+    questions = read_questions(model_cfg, model, tokenizer)
+    unknown = [str(row["id"]) for row in questions.rows if str(row["id"]) not in truth]
+    if unknown:
+        raise UserError(
+            f"model.data.ground_truth_ds has no answer for {len(unknown)} questions of "
+            f"model.data.test_ds, such as id {unknown[0]!r}"
+        )
+    answerer = Answerer(
+        tokenizer,
+        model_cfg.inference.tokens_to_generate,
+        tuple(model_cfg.inference.end_strings or ()),
+        model_cfg.data.batch_size,
+    )
+    results = [
+        evaluate(name, path, model, answerer, questions, truth, folder)
+        for name, path in candidates(model_cfg)
+    ]
+    metrics = {
+        "base_model": str(model_cfg.language_model_path),
+        "questions": len(truth),
+        "dropped": dict(questions.dropped),
+        "results": results,
+    }
+    write_json(folder / "metrics.json", metrics)
+    show(results, len(truth), questions)
+    return 0
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises a UserError for what the configuration alone shows to be wrong."""
+    model = cfg.model
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if (model.get(key) or 1) != 1:
+            raise UserError(f"model.{key}={model[key]} is not supported yet: set it to 1")
+    if not model.inference.greedy:
+        raise UserError("model.inference.greedy=False is not supported yet: set it to True")
+    for key in ("language_model_path", "adapters", "task_templates", "encoder_seq_length"):
+        if model.get(key) == "auto":
+            raise UserError(f"model.{key}=auto: no learning stage says what it is; give a value")
+    for key in ("test_ds", "ground_truth_ds"):
+        if not data_files(model, key):
+            raise UserError(f"model.data.{key} is empty: name at least one JSONL file")
+    names = [adapter.name for adapter in model.adapters]
+    if len(set(names)) < len(names) or BASE in names:
+        raise UserError(f"model.adapters: the names must differ, and none is {BASE!r}: {names}")
+    if not names and not model.evaluate_base:
+        raise UserError("nothing to evaluate: model.adapters is empty and evaluate_base is False")
+
+
+def read_truth(files: list[str]) -> dict[str, list[str]]:
+    """Gold answers by question id."""
+    truth: dict[str, list[str]] = {}
+    for path in files:
+        for number, row in read_rows(path):
+            answer = row.get("answer")
+            answers = [answer] if isinstance(answer, str) else answer
+            if "id" not in row or not answers:
+                raise UserError(f"{path}, line {number}: needs an 'id' and an 'answer'")
+            truth[str(row["id"])] = answers
+    return truth
+
+
+def read_questions(model_cfg: DictConfig, model: GPT, tokenizer: Any) -> Questions:
+    """The questions of `test_ds`, under the templates of training, within the model's positions."""
+    positions = model.config.max_position_embeddings
+    bounded = OmegaConf.merge(model_cfg)
+    with open_dict(bounded):
+        bounded.encoder_seq_length = min(model_cfg.encoder_seq_length, positions)
+    assert isinstance(bounded, DictConfig)
+    questions = Questions.read(
+        data_files(model_cfg, "test_ds"),
+        encoders_from_config(bounded, tokenizer),
+        model_cfg.inference.tokens_to_generate,
+    )
+    if not questions.rows:
+        raise UserError(f"model.data.test_ds: no question to answer: {dict(questions.dropped)}")
+    return questions
+
+
+def candidates(model_cfg: DictConfig) -> Iterator[tuple[str, Path | None]]:
+    """(name, adapter file) of all that is evaluated; the base has no file."""
+    if model_cfg.evaluate_base:
+        yield BASE, None
+    for adapter in model_cfg.adapters:
+        yield adapter.name, Path(adapter.path)
+
+
+def evaluate(
+    name: str,
+    path: Path | None,
+    model: GPT,
+    answerer: Answerer,
+    questions: Questions,
+    truth: dict[str, list[str]],
+    folder: Path,
+) -> dict[str, Any]:
+    """Answers all questions with one adapter, writes the answers, and scores them."""
+    model.set_active(None if path is None else name)
+    start = time.monotonic()
+    with progress_bar(name, len(questions.rows)) as advance:
+        answers = answerer.answer(model, questions.prompts, advance)
+    seconds = time.monotonic() - start
+    with replacing(folder / name / "predictions.jsonl") as file:
+        for row, answer in zip(questions.rows, answers, strict=True):
+            kept = {key: row[key] for key in ("id", "taskname", "question") if key in row}
+            line = {**kept, "pred": answer, "answer": truth[str(row["id"])]}
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+    ids = (str(row["id"]) for row in questions.rows)
+    scores = squad_scores(dict(zip(ids, answers, strict=True)), truth)
+    return {
+        "name": name,
+        "adapter": None if path is None else str(path),
+        "exact_match": scores.exact_match,
+        "f1": scores.f1,
+        "answer_seconds": seconds,
+        **learned(path),
+    }
+
+
+def learned(path: Path | None) -> dict[str, Any]:
+    """What the learning stage said of an adapter, where its summary lies beside the file."""
+    if path is None:
+        return {}
+    summary = path.parent / "summary.json"
+    try:
+        values = json.loads(summary.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: values[key] for key in LEARNED if key in values}
+
+
+@contextmanager
+def progress_bar(name: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, a line at the end elsewhere; yields what to call with finished rows."""
+    console = Console()
+    if not sys.stdout.isatty():
+        yield lambda finished: None
+        console.print(f"{name}: {total} questions answered")
+        return
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda finished: bar.advance(task, finished)
+
+
+def show(results: list[dict[str, Any]], total: int, questions: Questions) -> None:
+    """One row for the base and each adapter."""
+    table = Table(title=f"{total} questions", title_justify="left")
+    table.add_column("")
+    for column in ("exact match", "F1", "trainable", "share", "training", "file", "answering"):
+        table.add_column(column, justify="right")
+    for result in results:
+        trainable, size = result.get("trainable_parameters"), result.get("file_bytes")
+        share = trainable / result["total_parameters"] if trainable else None
+        table.add_row(
+            result["name"],
+            f"{result['exact_match']:.2f}",
+            f"{result['f1']:.2f}",
+            "-" if trainable is None else f"{trainable:,}",
+            "-" if share is None else f"{share:.3%}",
+            _duration(result.get("seconds")),
+            "-" if size is None else f"{size / 1024:,.0f} kB",
+            _duration(result["answer_seconds"]),
+        )
+    console = Console()
+    console.print(table)
+    for reason, count in questions.dropped.items():
+        console.print(f"{count} questions were not asked and count 0: {reason}")
+    if torch.cuda.is_available():
+        console.print(f"device: {torch.cuda.get_device_name()}")
+
+
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:,.1f} s"
