@@ -1,6 +1,8 @@
 """A tiny base model, a small task, and the configuration of a stage that learns it."""
 
+import csv
 import json
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from graftwerk.checkpoints import save_base
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.models import GPT, TransformerConfig
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = [f"w{n}" for n in range(12)]
 TEMPLATE = "context: {context} question: {question} answer: {answer}"
 
@@ -130,3 +133,26 @@ def cfg(base: Path, rows: tuple[Path, Path], tmp_path: Path) -> DictConfig:
             },
         }
     )
+
+
+def elsewhere(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The same stage with its results in another folder."""
+    other = cfg.copy()
+    other.run.results_dir = str(folder)
+    other.exp_manager.explicit_log_dir = str(folder / "results")
+    other.model.nemo_path = str(folder / "results" / "adapter.nemo")
+    return other
+
+
+def read_metrics(cfg: DictConfig) -> list[dict[str, str]]:
+    """The rows of `metrics.csv`."""
+    with open(Path(cfg.exp_manager.explicit_log_dir) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For processes of the package as it lies here, alone in the world unless `more` says other."""
+    outside = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    own = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
+    path = os.pathsep.join([str(ROOT / "src"), own.get("PYTHONPATH", "")])
+    return {**own, "PYTHONPATH": path.rstrip(os.pathsep), **more}

@@ -24,6 +24,7 @@ from graftwerk.checkpoints.resume import (
 )
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.errors import UserError
+from graftwerk.training.callbacks import Interrupted
 from graftwerk.training.learner import Learner, build_learner, tokenizer_of
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
@@ -38,7 +39,7 @@ from graftwerk.training.trainer import (
 )
 from graftwerk.training.world import World
 
-DONE, REQUEUE = 0, 75
+DONE, FAILED, REQUEUE = 0, 1, 75
 
 
 def run(stage: str, cfg: DictConfig) -> int:
@@ -73,10 +74,10 @@ def run(stage: str, cfg: DictConfig) -> int:
     module, trainer, callbacks = assemble(cfg, learner, data, steps, world, device, folder, resumed)
     if resumed is not None:
         _say_resumed(say, resumed, steps)
-    trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None)
-    if callbacks.last.interrupted:
-        say(_interruption(callbacks, trainer.global_step), flush=True)
-        return REQUEUE if callbacks.last.path is not None else 1
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None)
+    except Interrupted as reason:
+        return _interrupted(say, reason, callbacks.last.path, trainer.global_step)
     val_loss = restore_best(cfg.exp_manager, module, trainer, callbacks)
     if world.rank == 0:
         summary = finish(stage, cfg, learner, module, data, device, trainer.global_step, val_loss)
@@ -246,11 +247,12 @@ def _say_resumed(say: Any, resumed: Resumed, steps: Steps) -> None:
         say(f"going on from step {resumed.step}: {resumed.path}", flush=True)
 
 
-def _interruption(callbacks: CheckpointCallbacks, step: int) -> str:
-    reason, path = callbacks.last.interrupted, callbacks.last.path
-    if path is None:
-        return f"stopped by {reason} at step {step}; nothing saved: no checkpoints are kept"
-    return f"stopped by {reason} at step {step}: start again to go on from {path}"
+def _interrupted(say: Any, reason: Interrupted, saved: Path | None, step: int) -> int:
+    if saved is None:
+        say(f"stopped by {reason} at step {step}; no checkpoints are kept, so it is lost")
+        return FAILED
+    say(f"stopped by {reason} at step {step}: start again to go on from {saved}", flush=True)
+    return REQUEUE
 
 
 # ---- the result

@@ -14,6 +14,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_QUESTIONS = 10  # with several processes: how often they ask whether one must stop
 
 
+class Interrupted(Exception):
+    """Ends a run that has to stop before its end; the message says why. Its state is saved."""
+
+
 class TopCheckpoints(ModelCheckpoint):
     """The best checkpoints by the monitored metric, saved when a validation ends."""
 
@@ -25,7 +29,7 @@ class TopCheckpoints(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the newest state in one file, and stops a run in time.
+    """Keeps the newest state in one file, and stops a run in time by raising `Interrupted`.
 
     Saves when a validation ends (an epoch, without validation), every `every_n_steps`, at the last
     step, and when the run has to stop: after `seconds`, or by one of `STOP_SIGNALS`. It is called
@@ -42,15 +46,23 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.deadline = time.monotonic() + seconds if seconds is not None else None
         self.signal: int | None = None
-        self.interrupted: str | None = None  # why the run stopped before its end
         self._handlers: dict[int, Any] = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not earlier: Lightning's own handler of SIGTERM comes before this one and would go first.
         if self.path is not None:
             for number in STOP_SIGNALS:
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
@@ -68,16 +80,14 @@ class LastCheckpoint(Checkpoint):
         if at_end or reason or due:
             self._save(trainer)
         if reason:
-            self.interrupted = reason
-            trainer.should_stop = True
+            raise Interrupted(reason)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A validation that runs because the run was told to stop has been saved before it.
-        if not trainer.sanity_checking and self.interrupted is None:
+        if not trainer.sanity_checking:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation and self.interrupted is None:
+        if not trainer.enable_validation:
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
