@@ -62,6 +62,16 @@ class Job:
         return f"export PYTHONPATH={shlex.quote(str(self.source))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
     @property
+    def key_lines(self) -> tuple[str, ...]:
+        """Shell (POSIX) that reads the key of Weights & Biases where it runs: no file holds it."""
+        if self.wandb_key_file is None:
+            return ()
+        return (
+            f'WANDB_API_KEY="$(cat {shlex.quote(self.wandb_key_file)})"',
+            "export WANDB_API_KEY",
+        )
+
+    @property
     def config_path(self) -> Path:
         return self.results_dir / f"{self.name}_hydra.yaml"
 
@@ -76,7 +86,8 @@ class Job:
 
 def job_name(stage: str, run_name: str, prefix: str = "") -> str:
     """The stage is part of the name: `singleton` makes jobs of one name wait for each other."""
-    return prefix + (run_name if stage in run_name else f"{stage}_{run_name}")
+    named = re.search(rf"(?<![a-zA-Z]){stage}(?![a-zA-Z])", run_name)
+    return prefix + (run_name if named else f"{stage}_{run_name}")
 
 
 def build(cfg: DictConfig, stage: str, python: str, prefix: str = "") -> Job:

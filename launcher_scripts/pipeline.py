@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from launcher_scripts import job as jobs_
 from launcher_scripts.clusters import backend
-from launcher_scripts.clusters.backend import Backend
+from launcher_scripts.clusters.base import Backend
 from launcher_scripts.job import Job, LaunchError
 from launcher_scripts.state import write_atomically
 

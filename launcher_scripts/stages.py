@@ -47,8 +47,8 @@ def _prep_writes(cfg: DictConfig) -> list[str]:
 
 
 def _learning_reads(cfg: DictConfig) -> list[str]:
-    keys = ("data.train_ds", "data.validation_ds", "language_model_path", "restore_path")
-    return _each(cfg.model, *keys)
+    model = ("data.train_ds", "data.validation_ds", "language_model_path", "restore_path")
+    return _each(cfg.model, *model, "tokenizer.path") + _each(cfg, "trainer.resume_from_checkpoint")
 
 
 def _model(cfg: DictConfig) -> list[str]:
@@ -58,7 +58,8 @@ def _model(cfg: DictConfig) -> list[str]:
 def _eval_reads(cfg: DictConfig) -> list[str]:
     adapters = OmegaConf.select(cfg, "model.adapters")
     paths = [] if adapters in (None, "auto") else [str(a["path"]) for a in adapters]
-    return [*_each(cfg, "model.language_model_path", "model.data.test_ds"), *paths]
+    keys = ("language_model_path", "data.test_ds", "data.ground_truth_ds")
+    return [*_each(cfg.model, *keys), *paths]
 
 
 def _eval_writes(cfg: DictConfig) -> list[str]:

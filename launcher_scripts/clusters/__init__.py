@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher_scripts.clusters.backend import Backend
+    from launcher_scripts.clusters.base import Backend
 
 # cluster_type -> the module of this folder and its class; imported only when it is asked for.
 CLUSTERS = {

@@ -5,7 +5,7 @@ import shlex
 import shutil
 from typing import Any
 
-from launcher_scripts.clusters.backend import Backend, in_process
+from launcher_scripts.clusters.base import Backend
 from launcher_scripts.clusters.runner import run_chain
 from launcher_scripts.job import Group, Job
 
@@ -51,7 +51,9 @@ class BaseCommand(Backend):
             "log": job.results_dir / f"log-{job.name}",
             "size": lambda group, last: _size(job, group, last),
             "environment": "".join(f" \\\n  --env {shlex.quote(pair)}" for pair in pairs),
-            "inner": lambda group: in_process(job, group, "set -eu"),  # bcprun's shell may be sh
+            "inner": lambda group: "\n".join(  # for any POSIX shell: bcprun's may be sh
+                ["set -eu", *job.key_lines, job.python_path, *group.commands]
+            ),
         }
 
     def run(self, jobs: list[Job]) -> int:

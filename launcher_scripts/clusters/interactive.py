@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from launcher_scripts.clusters.backend import Backend
+from launcher_scripts.clusters.base import Backend
 from launcher_scripts.clusters.runner import run_chain
 from launcher_scripts.job import Job
 

@@ -66,7 +66,9 @@ def run_script(job: Job) -> int:
     try:
         reader.start()
         code = process.wait()
-        reader.join(timeout=5)  # `tee` ends at the last writer's end; a stray one must not hold us
+        if code < 0:  # killed, so it ended none of its processes
+            _kill_session(process)
+        reader.join(timeout=5)  # `tee` ends with the last writer; a stray one must not hold us
     finally:
         signal.alarm(0)
         _kill_session(process)

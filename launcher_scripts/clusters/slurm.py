@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher_scripts import state
-from launcher_scripts.clusters.backend import Backend, in_process
+from launcher_scripts.clusters.base import Backend
 from launcher_scripts.job import Group, Job, LaunchError
 
 DEPENDENCY = r"[A-Za-z]+(:[0-9A-Za-z_+:]+)?"  # singleton, afterok:12:13, after:12+5
@@ -73,7 +73,9 @@ class Slurm(Backend):
             "directives": self._directives(job, after),
             "job_id": r'${SLURM_JOB_ID:+"\"$SLURM_JOB_ID\""}',
             "srun": lambda group: self._srun(job, group),
-            "inner": lambda group: in_process(job, group, "set -euo pipefail"),
+            "inner": lambda group: "\n".join(
+                ["set -euo pipefail", job.python_path, *group.commands]
+            ),
         }
 
     def _directives(self, job: Job, after: str | None) -> list[str]:

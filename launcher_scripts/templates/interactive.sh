@@ -23,6 +23,9 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 
 {% include "environment.sh" %}
+{% for line in job.key_lines %}
+{{ line }}
+{% endfor %}
 {{ job.python_path }}
 {% for group in job.groups %}
 

@@ -12,6 +12,9 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 {% include "environment.sh" %}
+{% for line in job.key_lines %}
+{{ line }}
+{% endfor %}
 {% for group in job.groups %}
 
 # command group {{ loop.index }} of {{ loop.length }}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from launcher_scripts.job import Group, Job
+from launcher_scripts.job import Job
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent.parent / "templates"),
@@ -66,8 +66,3 @@ class Backend(ABC):
     def next_steps(self, jobs: list[Job]) -> list[str]:
         """Commands by which a person would run what a dry run wrote."""
         return [f"bash {shlex.quote(str(job.script))}" for job in jobs]
-
-
-def in_process(job: Job, group: Group, first: str) -> str:
-    """The shell text that each process of a group runs; `first` sets the shell's options."""
-    return "\n".join((first, job.python_path, *group.commands))
