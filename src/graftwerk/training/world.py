@@ -29,7 +29,7 @@ class World:
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
             local_rank = _number(env, "LOCAL_RANK") if "LOCAL_RANK" in env or size > 1 else 0
-            return cls(rank, local_rank, size, _outside(TorchElasticEnvironment, size))
+            return cls(rank, local_rank, size, _outside(_Torchrun, size))
         if "SLURM_PROCID" in env and ("SLURM_STEP_ID" in env or "SLURM_STEPID" in env):
             count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
             size = _number(env, count) if count in env else 1
@@ -48,12 +48,18 @@ class World:
             )
 
 
-class _Slurm(SLURMEnvironment):
-    def __init__(self) -> None:
-        super().__init__(auto_requeue=False)  # what to do about signals is ours to say
-
+class _Checked:
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Nothing: `World.check` has looked already, with a message of our own."""
+
+
+class _Torchrun(_Checked, TorchElasticEnvironment):
+    pass
+
+
+class _Slurm(_Checked, SLURMEnvironment):
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)  # what to do about signals is ours to say
 
 
 def _outside(kind: type[ClusterEnvironment], size: int) -> ClusterEnvironment | None:
