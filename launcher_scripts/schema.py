@@ -35,13 +35,11 @@ Dependency = Annotated[
         "singleton or Slurm's after...:JOB_ID, joined by commas",
     ),
 ]
-MaxTime = Annotated[str, Form(r"\d+:\d\d:\d\d:\d\d", "a time as days:hours:minutes:seconds")]
+MaxTime = Annotated[str, Form(r"(\d+:){1,3}\d+", "a time as days:hours:minutes:seconds")]
 EnvName = Annotated[str, Form(r"[A-Za-z_]\w*", "the name of an environment variable")]
+Monitor = Literal["val_loss", "train_loss"]
 NoPrompt = Literal["no-prompts"]
-Precision = (
-    Literal[32, "32", "32-true", "bf16", "bf16-mixed", "bf16-true", 16, "16"]
-    | Literal["16-mixed", "16-true"]
-)
+Precision = Literal["bf16", "bf16-mixed", "bf16-true", 32, "32", "32-true"]
 Scheduler = Literal[
     "CosineAnnealing",
     "WarmupAnnealing",
@@ -91,15 +89,19 @@ class Trainer(Devices):
     max_epochs: Annotated[int, Range(-1)] | None = -1
     max_steps: Annotated[int, Range(-1)] = -1
     max_time: MaxTime | None = None
-    val_check_interval: Annotated[float, Range(above=0, high=1)] | Positive = 1.0
+    val_check_interval: Annotated[float, Range(above=0, high=1)] | Positive | None = 1.0
+    check_val_every_n_epoch: Positive = 1
+    num_sanity_val_steps: Count = 0
+    limit_train_batches: Share | Positive | None = None
+    limit_val_batches: Share | Count | None = None
     log_every_n_steps: Positive = 10
     accumulate_grad_batches: Positive = 1
     gradient_clip_val: NonNegative | None = 1.0
     resume_from_checkpoint: Path | None = None
     logger: Literal[False] = field(default=False, metadata=INERT)
-    enable_checkpointing: Literal[False] = field(default=False, metadata=INERT)
-    use_distributed_sampler: Literal[False] = field(default=False, metadata=INERT)
-    replace_sampler_ddp: Literal[False] = field(default=False, metadata=INERT)
+    enable_checkpointing: bool = field(default=False, metadata=INERT)
+    use_distributed_sampler: bool = field(default=False, metadata=INERT)
+    replace_sampler_ddp: bool = field(default=False, metadata=INERT)
 
 
 @dataclass
@@ -112,10 +114,12 @@ class WandbLogger:
 class CheckpointCallback:
     """Which checkpoints a training run keeps."""
 
-    monitor: str = "val_loss"
+    monitor: Monitor = "val_loss"
     mode: Literal["min", "max"] = "min"
     save_top_k: Annotated[int, Range(-1)] = 5
-    filename: str = "{step}"
+    filename: str | None = None
+    save_last: bool = True
+    every_n_train_steps: Count | None = None
     save_best_model: bool = True
     save_nemo_on_train_end: bool = field(default=False, metadata=INERT)
     model_parallel_size: Positive | None = field(default=None, metadata=INERT)
@@ -125,13 +129,15 @@ class CheckpointCallback:
 class ExpManager:
     """Logs, checkpoints and resuming of a training run."""
 
-    explicit_log_dir: Path | None = None
+    explicit_log_dir: Path | None = "${..run.results_dir}/results"
     exp_dir: Path | None = None
     name: str = "graftwerk"
+    create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     wandb_logger_kwargs: WandbLogger = field(default_factory=WandbLogger)
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
+    max_time_per_run: MaxTime | None = None
     create_checkpoint_callback: bool = True
     checkpoint_callback_params: CheckpointCallback = field(default_factory=CheckpointCallback)
 
@@ -250,7 +256,7 @@ class Schedule:
     hold_steps: Count | None = None
     min_lr: NonNegative | None = None
     max_steps: Positive | None = None
-    monitor: str = "val_loss"
+    monitor: Monitor = "val_loss"
     reduce_on_plateau: bool = False
     factor: Annotated[float, Range(above=0, below=1)] | None = None
     patience: Count | None = None
@@ -311,7 +317,7 @@ class AdapterTuning:
     type: Literal["parallel_adapter", "linear_adapter"] = "parallel_adapter"
     adapter_dim: Positive = 32
     adapter_dropout: Annotated[float, Range(0, below=1)] = 0.0
-    norm_position: Literal["pre", "post"] | None = "pre"
+    norm_position: Literal["pre", "post"] = "pre"
     norm_type: Literal["mixedfusedlayernorm", "layernorm"] = "mixedfusedlayernorm"
     column_init_method: InitMethod = "xavier"
     row_init_method: InitMethod = "zero"
@@ -430,7 +436,7 @@ class EvalModel:
 
 @dataclass
 class EvalExpManager:
-    explicit_log_dir: Path | None = None
+    explicit_log_dir: Path = "${..run.results_dir}/results"
 
 
 @dataclass
@@ -445,7 +451,15 @@ class EvalStage:
 
 
 @dataclass
-class Bcm:
+class Local:
+    """What jobs need wherever they run."""
+
+    python: str | None = None
+    setup: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Bcm(Local):
     """Slurm."""
 
     partition: str | None = None
@@ -455,18 +469,19 @@ class Bcm:
     gpus_per_node: Positive | None = None
     mem: str | int | None = 0
     overcommit: bool = False
-    job_name_prefix: str = "nemo-megatron-"
+    job_name_prefix: str | None = "nemo-megatron-"
     nodelist: str | None = None
     srun_args: list[str] = field(default_factory=list)
+    sbatch_args: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Bcp:
+class Bcp(Local):
     """Base Command Platform: the job that `main.py` was started in."""
 
 
 @dataclass
-class Interactive:
+class Interactive(Local):
     """This machine."""
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NONE = type(None)
+UNKNOWN = object()  # stands for a value that could not be resolved, and is reported already
 INERT = {"inert": True}  # metadata of a field that is accepted and cannot change anything here
 
 
@@ -95,7 +96,7 @@ def members(expected: Any) -> tuple[Any, ...]:
 def check(value: Any, expected: Any, key: str, report: Report) -> None:
     """Report every mistake in `value`, which stands at the dotted `key`."""
     options = members(expected)
-    if any(_fits(value, option) for option in options):
+    if value is UNKNOWN or any(_fits(value, option) for option in options):
         return
     inner = next((option for option in options if _same_container(value, option)), None)
     if inner is None:

@@ -1,0 +1,154 @@
+"""The command line: composed, checked, handed to the pipeline. See `python3 main.py --help`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # called as launcher_scripts/main.py: this folder's parent is the root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launcher_scripts.notices import Mistakes
+
+if TYPE_CHECKING:
+    from launcher_scripts.compose import Composer
+
+HELP = """\
+Compose a list of stages from YAML and run each after the success of the one before.
+
+usage: python3 main.py [KEY=VALUE ...] [FLAGS]
+
+stages, in their order
+  data_prep         raw question answering data to JSONL files
+  training          a GPT from scratch
+  adapter_learning  bottleneck adapters on a frozen model
+  ia3_learning      IA3 on a frozen model
+  eval              base and adapters answer the test rows, scored side by side
+
+examples
+  python3 main.py experiment=quickstart
+  python3 main.py stages=adapter_learning dry_run=True
+  python3 main.py stages=[data_prep,adapter_learning,eval] cluster_type=interactive \\
+      adapter_learning.model.language_model_path=/models/gpt2 adapter_learning.trainer.devices=1
+  python3 main.py stages=ia3_learning ia3_learning=t5/squad cluster_type=bcp
+  python3 main.py stages=adapter_learning --multirun adapter_learning.model.optim.lr=1e-3,1e-4
+
+groups (choose with group=option)
+{groups}
+
+keys beside the stages' own
+  stages, cluster_type (bcm, bcp, interactive), data_dir, base_results_dir, container,
+  container_mounts, env_vars, wandb_api_key_file, launcher_scripts_path
+  dry_run=True      write all files, submit nothing (NEMO_LAUNCHER_DEBUG=1 does the same)
+  docs/configuration.md explains every key; --cfg job prints what is composed.
+
+exit codes: 0 done or submitted, 1 failed, 2 wrong configuration (nothing was written),
+75 checkpointed and to be started again
+
+Hydra's flags
+{flags}
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line `argv`; returns the exit code. Mistakes go to standard error."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    try:
+        return _main(args, parser)
+    except Mistakes as mistakes:
+        print(*mistakes.lines, sep="\n", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `main.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(args: Any, parser: Any) -> int:
+    from launcher_scripts.compose import Composer
+
+    composer = Composer(args.config_name, args.config_path, args.config_dir)
+    try:
+        if args.help:
+            print(_help(composer, parser))
+            return 0
+        for flag in ("hydra_help", "cfg", "info", "shell_completion"):
+            if getattr(args, flag):
+                return _hydra_itself(composer, parser, args, flag)
+        if args.experimental_rerun is not None:
+            raise Mistakes(["--experimental-rerun: it would unpickle a file; start main.py again"])
+        if args.resolve:
+            raise Mistakes(["--resolve: goes with --cfg"])
+        points = composer.points(args.overrides, args.multirun)
+        prepared = [_prepare(composer, point, number) for number, point in enumerate(points)]
+    finally:
+        composer.close()
+    if len(prepared) > 1:
+        _part(prepared)
+    return _launch(prepared)
+
+
+def _prepare(composer: "Composer", point: list[str], number: int) -> tuple[Any, list[str]]:
+    """One composed and checked configuration, and what to tell of it."""
+    from launcher_scripts.checks import finish
+
+    if number:
+        point = [*point, f"hydra.job.num={number}"]
+    composition = composer.compose(point)
+    return composition.cfg, finish(composition)
+
+
+def _part(prepared: list[tuple[Any, list[str]]]) -> None:
+    """Give the runs of a sweep folders and names of their own, where they would share them."""
+    for stage in {str(stage) for cfg, _ in prepared for stage in cfg.stages}:
+        runs = [(n, cfg) for n, (cfg, _) in enumerate(prepared) if stage in cfg.stages]
+        if len({str(cfg[stage].run.results_dir) for _, cfg in runs}) == len(runs):
+            continue
+        for number, cfg in runs:
+            run = cfg[stage].run
+            run.results_dir = f"{run.results_dir}/{number}".replace("${", "\\${")
+            run.name = f"{run.name}_{number}".replace("${", "\\${")
+
+
+def _launch(prepared: list[tuple[Any, list[str]]]) -> int:
+    """Run the chains one after the other; the first failure ends the sweep."""
+    from launcher_scripts.pipeline import launch
+
+    for number, (cfg, notices) in enumerate(prepared):
+        if len(prepared) > 1:
+            print(f"run {number + 1} of {len(prepared)}", flush=True)
+        code = launch(cfg, notices)
+        if code != 0:
+            return code
+    return 0
+
+
+def _help(composer: "Composer", parser: Any) -> str:
+    groups = [
+        f"  {group:<18}{', '.join(options)}" for group, options in composer.options().items()
+    ]
+    flags = composer.hydra.format_args_help(parser).splitlines()
+    return HELP.format(groups="\n".join(groups), flags="\n".join(f"  {flag}" for flag in flags))
+
+
+def _hydra_itself(composer: "Composer", parser: Any, args: Any, flag: str) -> int:
+    """`--cfg`, `--info` and their kin, by Hydra, on words that are checked before."""
+    hydra, name = composer.hydra, composer.name
+    if flag == "hydra_help":
+        hydra.hydra_help(config_name=name, args_parser=parser, args=args)
+    elif flag == "shell_completion":
+        hydra.shell_completion(config_name=name, overrides=args.overrides)
+    else:
+        words = composer.hydra_words(args.overrides)
+        with composer.mistakes():
+            if flag == "info":
+                hydra.show_info(args.info, config_name=name, overrides=words)
+            else:
+                hydra.show_cfg(name, words, args.cfg, args.package, resolve=args.resolve)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

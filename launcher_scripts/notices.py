@@ -1,0 +1,87 @@
+"""What the user is told: mistakes, notices, and our names for what others call otherwise."""
+
+from collections.abc import Iterable, Sequence
+
+# Stages and groups of the published launcher that are ours under another name.
+RENAMED_STAGES = {"data_preparation": "data_prep", "evaluation": "eval"}
+# Stages and groups of the published launcher, and of later versions of ours, that are not here.
+ABSENT_STAGES = (
+    "prompt_learning",
+    "fine_tuning",
+    "peft",
+    "conversion",
+    "conversion_hf2nemo",
+    "external_conversion",
+    "export",
+    "quantization",
+    "ptq",
+    "autoconfigurator",
+    "search_config",
+    "rag_indexing",
+    "rag_generation",
+    "rlhf_rm",
+    "rlhf_ppo",
+    "reward_model",
+    "steerlm_reg",
+)
+ABSENT_CLUSTERS = ("k8s",)
+# Keys of other tools: what a person who types them is after.
+FOREIGN_KEYS = {
+    "r": "the width of an adapter is model.adapter_tuning.adapter_dim",
+    "lora_r": "the width of an adapter is model.adapter_tuning.adapter_dim",
+    "rank": "the width of an adapter is model.adapter_tuning.adapter_dim",
+    "bottleneck_dim": "the width of an adapter is model.adapter_tuning.adapter_dim",
+    "bottleneck_size": "the width of an adapter is model.adapter_tuning.adapter_dim",
+    "adapter_size": "the width of an adapter is model.adapter_tuning.adapter_dim",
+    "reduction_factor": "the width of an adapter is model.adapter_tuning.adapter_dim, in features",
+    "lora_alpha": "LoRA is no stage yet; adapters are set by model.adapter_tuning",
+    "lora_dropout": "the dropout of an adapter is model.adapter_tuning.adapter_dropout",
+    "target_modules": "adapters sit after attention and MLP of each layer; IA3 scales keys, "
+    "values and the MLP",
+    "learning_rate": "ours is model.optim.lr",
+    "lr_scheduler_type": "ours is model.optim.sched.name",
+    "num_train_epochs": "ours is trainer.max_epochs",
+    "warmup_ratio": "ours is model.optim.sched.warmup_steps, in steps",
+    "per_device_train_batch_size": "ours is model.micro_batch_size",
+    "train_batch_size": "ours is model.global_batch_size",
+    "gradient_accumulation_steps": "ours is trainer.accumulate_grad_batches",
+    "max_grad_norm": "ours is trainer.gradient_clip_val",
+    "model_name_or_path": "ours is model.language_model_path",
+    "max_seq_length": "ours is model.encoder_seq_length",
+    "output_dir": "ours is run.results_dir",
+    "max_new_tokens": "ours is model.inference.tokens_to_generate",
+    "gpus": "ours is trainer.devices",
+    "nodes": "ours is trainer.num_nodes",
+    "walltime": "ours is run.time_limit",
+}
+
+
+class Mistakes(Exception):
+    """Wrong configuration: one line for each mistake; nothing was written."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+
+def stage_hint(name: str, known: Iterable[str]) -> str | None:
+    """Why `name` is no stage of ours, where it is one elsewhere."""
+    if name in RENAMED_STAGES:
+        return f"it is called {RENAMED_STAGES[name]} here"
+    if name in ABSENT_STAGES:
+        return f"there is no such stage here; there are {', '.join(known)}"
+    return None
+
+
+def without_effect(keys: Sequence[str]) -> list[str]:
+    """The one notice that names accepted keys that change nothing here."""
+    return [f"without effect here: {', '.join(keys)}"] if keys else []
+
+
+def one_line(error: BaseException) -> str:
+    """An exception and its cause as one line."""
+    parts = [str(error)]
+    if error.__cause__ is not None and str(error.__cause__) not in parts[0]:
+        parts.append(str(error.__cause__))
+    text = " ".join(" ".join(parts).split())
+    return text or type(error).__name__
