@@ -54,7 +54,7 @@ class Job:
     dependency: str | None = None  # the user's own, besides the stage before
     container: str | None = None
     mounts: tuple[str, ...] = ()
-    wandb_key_file: str | None = None
+    wandb_key_file: Path | None = None
 
     @property
     def python_path(self) -> str:
@@ -67,7 +67,7 @@ class Job:
         if self.wandb_key_file is None:
             return ()
         return (
-            f'WANDB_API_KEY="$(cat {shlex.quote(self.wandb_key_file)})"',
+            f'WANDB_API_KEY="$(cat {shlex.quote(str(self.wandb_key_file))})"',
             "export WANDB_API_KEY",
         )
 
@@ -94,8 +94,8 @@ def build(cfg: DictConfig, stage: str, python: str, prefix: str = "") -> Job:
     """The job of one stage of a checked configuration; `python` is a path or a name on PATH."""
     kind, part = STAGES[stage], cfg[stage]
     name = job_name(stage, str(part.run.name), prefix)
-    results_dir = Path(str(part.run.results_dir)).expanduser().absolute()
-    root = Path(str(cfg.launcher_scripts_path)).expanduser().absolute().parent
+    results_dir = _path(part.run.results_dir)
+    root = _path(cfg.launcher_scripts_path).parent
     argv = tuple(kind.command(python, results_dir / f"{name}_hydra.yaml"))
     setup = tuple(str(line) for line in cfg.cluster.get("setup") or [])
     data_and_results = [str(cfg.data_dir), str(cfg.base_results_dir)]
@@ -112,11 +112,11 @@ def build(cfg: DictConfig, stage: str, python: str, prefix: str = "") -> Job:
         dependency=_text(part.run.get("dependency")),
         container=_text(cfg.get("container")),
         mounts=_mounts([root, *data_and_results, results_dir], cfg.get("container_mounts")),
-        wandb_key_file=_text(cfg.get("wandb_api_key_file")),
+        wandb_key_file=_path(key_file) if (key_file := cfg.get("wandb_api_key_file")) else None,
     )
 
 
-def mistakes(jobs: list[Job]) -> list[str]:
+def unusable(jobs: list[Job]) -> list[str]:
     """What no cluster can do, one line each: names that make no file, folders that collide."""
     found, owner = [], {}
     for job in jobs:
@@ -157,9 +157,13 @@ def _resources(part: DictConfig, per_device: bool) -> Resources:
     return Resources(int(trainer.get("num_nodes", 1)), devices, gpus, time_limit)
 
 
+def _path(value: object) -> Path:
+    return Path(str(value)).expanduser().absolute()
+
+
 def _mounts(own: list[str | Path], extra: list[str | None] | None) -> tuple[str, ...]:
     """`a:a` for every folder of ours that no other one holds, and what the user asks for."""
-    folders = [Path(str(folder)).expanduser().absolute() for folder in own]
+    folders = [_path(folder) for folder in own]
     outer = [f for f in folders if not any(o != f and f.is_relative_to(o) for o in folders)]
     wanted = [str(mount) for mount in extra or [] if mount]
     mounts = [*map(str, outer), *wanted]

@@ -6,10 +6,9 @@ import sys
 
 from omegaconf import DictConfig
 
-from launcher_scripts import job as jobs_
 from launcher_scripts.clusters import backend
 from launcher_scripts.clusters.base import Backend
-from launcher_scripts.job import Job, LaunchError
+from launcher_scripts.job import Job, LaunchError, build, unusable
 from launcher_scripts.state import write_atomically
 
 
@@ -29,12 +28,11 @@ def launch(cfg: DictConfig, notices: list[str]) -> int:
 def _launch(cfg: DictConfig, notices: list[str]) -> int:
     cluster = backend(cfg.cluster_type)(cfg.cluster)
     jobs = plan(cfg, cluster)
-    mistakes = jobs_.mistakes(jobs) + cluster.check(jobs) + unwritable(jobs)
-    machine = cluster.check_machine(jobs)
+    mistakes = unusable(jobs) + cluster.check(jobs) + unwritable(jobs)
     if cfg.dry_run:
-        notices = [*notices, *machine]
+        notices = [*notices, *cluster.check_machine(jobs)]
     else:
-        mistakes += machine
+        mistakes += cluster.check_machine(jobs) or cluster.check_queue(jobs)
     if mistakes:
         raise LaunchError("\n".join(mistakes))
     for notice in [*notices, *_unused(cfg)]:
@@ -51,7 +49,7 @@ def _launch(cfg: DictConfig, notices: list[str]) -> int:
 def plan(cfg: DictConfig, cluster: Backend) -> list[Job]:
     """The jobs of `cfg.stages`, in that order."""
     prefix = cluster.prefix(cfg.cluster)
-    return [jobs_.build(cfg, str(stage), interpreter(cfg), prefix) for stage in cfg.stages]
+    return [build(cfg, str(stage), interpreter(cfg), prefix) for stage in cfg.stages]
 
 
 def interpreter(cfg: DictConfig) -> str:

@@ -270,6 +270,38 @@ def test_a_script_submits_again_by_hand_after_a_rerun(slurm, tmp_path):
     assert chain.state(cfg, PREP)["job_id"] == "1002"
 
 
+SACCT = r"""
+import os
+from pathlib import Path
+print("JobID|State|NodeList")
+print("1001|" + (Path(os.environ["FAKE_SLURM"]) / "standing").read_text() + "|n1")
+"""
+
+
+def rerun(slurm: Path, tmp_path: Path, standing: str, **changes: Any) -> int:
+    """Launch one job, whose accounts then say `standing`, and launch once more with changes."""
+    chain.program(tmp_path / "bin", "sacct", SACCT)
+    (slurm / "standing").write_text(standing)
+    (slurm / "hold").touch()
+    assert launch(chain.config(tmp_path, "bcm", LEARN), []) == 0
+    return launch(chain.config(tmp_path, "bcm", LEARN, **changes), [])
+
+
+def test_a_queued_jobs_config_is_not_changed_under_it(slurm, tmp_path, capsys):
+    assert rerun(slurm, tmp_path, "PENDING", adapter_learning__model__seed=7) == 2
+    assert "job 1001 of an earlier run is PENDING" in capsys.readouterr().err
+    (config,) = (tmp_path / "results/tiny" / LEARN).glob("*_hydra.yaml")
+    assert "seed" not in config.read_text()
+
+
+def test_the_same_job_may_queue_behind_itself_as_singleton(slurm, tmp_path):
+    assert rerun(slurm, tmp_path, "RUNNING") == 0
+
+
+def test_a_job_that_ended_is_in_nobodys_way(slurm, tmp_path):
+    assert rerun(slurm, tmp_path, "CANCELLED by 0", adapter_learning__model__seed=7) == 0
+
+
 @pytest.mark.parametrize("value", ["plain", "a b", "it's", 'say "x"', "$(x)", "a#b", "n[1-4],m2"])
 def test_escaped_values_survive_sbatchs_reader(value):
     assert re.sub(r"\\(.)", r"\1", escaped(value)) == value
