@@ -74,6 +74,7 @@ class LearningModule(pl.LightningModule):
             raise UserError("nothing to train: no parameter of the model requires a gradient")
         self.seconds_before = 0.0  # of the runs that this one goes on from
         self.started = time.monotonic()
+        self.reported = False
         self.validated: tuple[int, float] | None = None  # the last: (step, loss)
 
     # ---- set-up
@@ -135,7 +136,8 @@ class LearningModule(pl.LightningModule):
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau | list | None):
             scheduler.step()
-        if self.global_step % settings.log_every_n_steps == 0:
+        # The first step too: something to see at once, and a loss that a checkpoint may monitor.
+        if self.global_step % settings.log_every_n_steps == 0 or not self.reported:
             self._report(sums[LOSS] / sums[WEIGHT], norm, rate)
 
     def _loss(self, micro: Batch) -> Tensor:
@@ -179,7 +181,9 @@ class LearningModule(pl.LightningModule):
         quiet = {"lr": rate, "grad_norm": grad_norm}
         self._publish(shown, prog_bar=True)
         self._publish(quiet, prog_bar=False)
-        self._write({**shown, **quiet})
+        self.reported = True
+        if self.global_step % self.settings.log_every_n_steps == 0 or self.global_step == 1:
+            self._write({**shown, **quiet})
 
     # ---- validation
 

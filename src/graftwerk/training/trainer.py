@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_only
@@ -279,7 +279,7 @@ def build_trainer(
         check_val_every_n_epoch=trainer.get("check_val_every_n_epoch", 1),
         log_every_n_steps=every,
         num_sanity_val_steps=trainer.get("num_sanity_val_steps") or 0,
-        enable_checkpointing=any(isinstance(c, TopCheckpoints) for c in callbacks),
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module gives each process its own rows
         max_time=parse_time(trainer.get("max_time"), "trainer.max_time"),

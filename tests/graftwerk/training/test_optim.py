@@ -37,7 +37,9 @@ def test_adam_adds_its_decay_to_the_gradient(parameters):
         p.grad = torch.full_like(p, 1e-3)
     optimizer.step()
     # The first step of Adam has the gradient's sign: here that of the decayed weight.
-    torch.testing.assert_close(parameters[0].detach(), before - 0.1 * before.sign(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        parameters[0].detach(), before - 0.1 * before.sign(), atol=1e-2, rtol=0
+    )
 
 
 def test_fused_adam_is_the_fused_kernel(parameters):
@@ -47,7 +49,10 @@ def test_fused_adam_is_the_fused_kernel(parameters):
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ({"name": "sgd"}, "model.optim.name='sgd' is not known: use one of fused_adam, adamw, adam"),
+        (
+            {"name": "sgd"},
+            "model.optim.name='sgd' is not known: use one of fused_adam, adamw, adam",
+        ),
         ({"lr": 0}, "model.optim.lr=0 must be above 0"),
         ({"betas": [0.9, 1.0]}, "model.optim.betas"),
         ({"weight_decay": -1}, "model.optim.weight_decay=-1"),

@@ -197,7 +197,9 @@ def test_key_resume_from_checkpoint_goes_on_from_that_file(cfg, tmp_path, monkey
     straight = run(elsewhere(cfg, tmp_path / "straight"))
     other = elsewhere(cfg, tmp_path / "other")
     stop_before(monkeypatch, other, 7)
-    cfg.trainer.resume_from_checkpoint = other.exp_manager.explicit_log_dir + "/checkpoints/last.ckpt"
+    cfg.trainer.resume_from_checkpoint = (
+        other.exp_manager.explicit_log_dir + "/checkpoints/last.ckpt"
+    )
     capsys.readouterr()
     assert same(run(cfg), straight)
     assert "going on from step 6" in capsys.readouterr().out
