@@ -1,9 +1,9 @@
 """Generated question answering, offline and seeded: one task to train a base on, one to graft.
 
-`lookup` asks what the context says somebody likes. `translate` asks the same in the same words, but
-wants the answer in another language, a fixed dictionary that maps each word of the answers to
-another of them. A model that knows `lookup` therefore has every word and finds the right one, and
-yet answers no question of `translate`.
+`lookup` asks for one of the things that the context says. `translate` asks the same in the same
+words, but wants the answer in another language, a fixed dictionary that maps each word of the
+answers to another of them. A model that knows `lookup` therefore has every word and finds the right
+one, and yet answers no question of `translate`.
 """
 
 import random
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 NAMES = ["Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jo", "Kim", "Lea"]
-VALUES = ["red", "blue", "green", "pink", "gold", "tea", "milk", "rice", "soup", "bread"]
-VALUES += ["jazz", "chess", "rain", "snow", "cats", "dogs"]
-FACTS = 3  # people in a context
+NAMES += ["Max", "Nina", "Otto", "Pam", "Quin", "Ron", "Sue", "Tom", "Una", "Vera", "Will", "Zoe"]
+# Few values, so that a tiny model learns them within a minute.
+KINDS = {
+    "color": ["red", "blue", "green", "gray"],
+    "drink": ["tea", "milk", "juice", "water"],
+    "pet": ["cat", "dog", "fish", "horse"],
+    "sport": ["chess", "golf", "judo", "tennis"],
+}
+VALUES = [value for values in KINDS.values() for value in values]
 # The other language: each word means its successor here, so none means itself.
 _CYCLE = random.Random(0).sample(VALUES, len(VALUES))
 DICTIONARY = dict(zip(_CYCLE, _CYCLE[1:] + _CYCLE[:1], strict=True))
@@ -30,8 +36,8 @@ TASKS = {"lookup": lambda value: value, "translate": DICTIONARY.__getitem__}
 # A row's text decides its split, so that no test row can occur in training: not under another
 # seed, not in another task, not with more rows. Of 8 parts, val and test have one each.
 SHARE = {0: "test", 1: "val"}
-# About half of the 16 million different rows, so that drawing new ones stays quick.
-MOST_ROWS = {"train": 6_000_000, "val": 1_000_000, "test": 1_000_000}
+# About half of the 590 thousand different rows, so that drawing new ones stays quick.
+MOST_ROWS = {"train": 220_000, "val": 36_000, "test": 36_000}
 
 
 def plans(cfg: "DictConfig") -> list[Plan]:
@@ -81,11 +87,14 @@ def generate(task: str, split: str, seed: int) -> Iterator[tuple[dict[str, str],
     """Endless (fields, answer) pairs of one split of a task; rows may repeat."""
     draw = random.Random(f"{seed} {split}")
     while True:
-        names = draw.sample(NAMES, FACTS)
-        values = [draw.choice(VALUES) for _ in names]
-        facts = [f"{name} likes {value} ." for name, value in zip(names, values, strict=True)]
-        asked = draw.randrange(FACTS)
-        fields = {"context": " ".join(facts), "question": f"what does {names[asked]} like ?"}
+        name = draw.choice(NAMES)
+        values = {kind: draw.choice(words) for kind, words in KINDS.items()}
+        told = draw.sample(list(values.values()), len(values))
+        asked = draw.choice(list(KINDS))
+        fields = {
+            "context": f"{name} likes {' , '.join(told[:-1])} and {told[-1]} .",
+            "question": f"which {asked} does {name} like ?",
+        }
         if split_of(fields) == split:
             yield fields, TASKS[task](values[asked])
 
