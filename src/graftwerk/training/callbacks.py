@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 
+from graftwerk.training.module import LearningModule
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-STEPS_BETWEEN_QUESTIONS = 10  # with several processes: how often they ask whether one must stop
 
 
 class Interrupted(Exception):
@@ -49,6 +48,8 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LearningModule)
+        pl_module.must_stop = lambda: self._reason() is not None
         # Not earlier: Lightning's own handler of SIGTERM comes before this one and would go first.
         if self.path is not None:
             for number in STOP_SIGNALS:
@@ -75,12 +76,13 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         step = trainer.global_step
         at_end = trainer.max_steps is not None and 0 < trainer.max_steps <= step
-        reason = None if at_end else self._must_stop(trainer)
+        assert isinstance(pl_module, LearningModule)
+        stops = not at_end and pl_module.any_must_stop()
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
-        if at_end or reason or due:
+        if at_end or stops or due:
             self._save(trainer)
-        if reason:
-            raise Interrupted(reason)
+        if stops:
+            raise Interrupted(self._reason() or "another process")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -94,17 +96,10 @@ class LastCheckpoint(Checkpoint):
         if self.path is not None:
             trainer.save_checkpoint(self.path)
 
-    def _must_stop(self, trainer: pl.Trainer) -> str | None:
+    def _reason(self) -> str | None:
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        number = self.signal or 0
-        if trainer.world_size > 1:
-            if trainer.global_step % STEPS_BETWEEN_QUESTIONS:
-                return None
-            answers = torch.tensor([int(late), number], device=trainer.strategy.root_device)
-            dist.all_reduce(answers, op=dist.ReduceOp.MAX)
-            late, number = (int(answer) for answer in answers.tolist())
-        if number:
-            return signal.Signals(number).name
         return "exp_manager.max_time_per_run" if late else None
 
 

@@ -1,7 +1,7 @@
 """The LightningModule: one training step is one optimizer step, whatever lies inside it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,8 @@ from graftwerk.training.optim import build_optimizer
 from graftwerk.training.schedules import build_schedule
 
 # What travels with the gradients, and what validation sums.
-LOSS, WEIGHT, ROWS, TOKENS = range(4)
-SUMS = 4
+LOSS, WEIGHT, ROWS, TOKENS, STOP = range(5)
+SUMS = 5
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class LearningModule(pl.LightningModule):
         self.seconds_before = 0.0  # of the runs that this one goes on from
         self.started = time.monotonic()
         self.reported = False
+        self.must_stop: Callable[[], bool] = lambda: False  # asked once a step, of every process
         self.validated: tuple[int, float] | None = None  # the last: (step, loss)
 
     # ---- set-up
@@ -127,6 +128,7 @@ class LearningModule(pl.LightningModule):
             loss = self._loss(micro)
             loss.backward()
             self._add(sums, loss, micro)
+        sums[STOP] += self.must_stop()
         self.bucket.reduce()
         self.bucket.gradients.div_(sums[WEIGHT])
         norm = self.bucket.clip(settings.gradient_clip_val)
@@ -184,6 +186,12 @@ class LearningModule(pl.LightningModule):
         self.reported = True
         if self.global_step % self.settings.log_every_n_steps == 0 or self.global_step == 1:
             self._write({**shown, **quiet})
+
+    def any_must_stop(self) -> bool:
+        """Whether any process had to stop in the last step. One process need not wait for it."""
+        if self.trainer.world_size == 1:
+            return self.must_stop()
+        return bool(self.bucket.sums[STOP].item())
 
     # ---- validation
 

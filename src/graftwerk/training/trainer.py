@@ -265,7 +265,7 @@ def build_trainer(
         for key in ("limit_val_batches", "limit_train_batches")
         if trainer.get(key) is not None
     }
-    return pl.Trainer(
+    built = pl.Trainer(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         strategy=strategy,
         devices=1,
@@ -286,6 +286,10 @@ def build_trainer(
         default_root_dir=folder,
         **optional,
     )
+    # With several processes Lightning would broadcast and wait once more in each step, to ask about
+    # SIGTERM; `LastCheckpoint` asks along with the gradients.
+    built.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return built
 
 
 def quieten() -> None:

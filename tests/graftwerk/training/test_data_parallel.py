@@ -1,5 +1,6 @@
 """Processes started from outside, as torchrun or srun start them, train as one would."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints.adapter import read_adapter
+from graftwerk.checkpoints.resume import read_checkpoint
 from graftwerk.errors import UserError
 from graftwerk.stages import learning
 from graftwerk.training.world import World
@@ -28,15 +30,15 @@ def srun(rank: int, port: int) -> dict[str, str]:
     return {**own, **step, **job, "MASTER_PORT": str(port)}
 
 
-def run_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.CompletedProcess]:
-    """The stage in two processes; their outputs by rank."""
+def start_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.Popen]:
+    """The stage in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = folder / "job_hydra.yaml"
     OmegaConf.save(cfg, config)
     command = [sys.executable, "-m", "graftwerk", "adapter_learning", str(config)]
-    processes = [
+    return [
         subprocess.Popen(
             command,
             env=environment(**starter(rank, port)),
@@ -46,9 +48,14 @@ def run_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.Completed
         )
         for rank in range(2)
     ]
+
+
+def run_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.CompletedProcess]:
+    """The stage in two processes to its end; their outputs by rank."""
+    processes = start_two(cfg, folder, starter)
     outputs = [process.communicate(timeout=120) for process in processes]
     return [
-        subprocess.CompletedProcess(command, process.returncode, *output)
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
         for process, output in zip(processes, outputs, strict=True)
     ]
 
@@ -73,6 +80,23 @@ def test_two_processes_train_what_one_does(starter, cfg, tmp_path):
         for c in (alone, cfg)
     ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_one_process_that_is_told_to_stop_stops_both_with_their_state_saved(cfg, tmp_path):
+    cfg.trainer.update(devices=2, max_epochs=400, val_check_interval=1.0)
+    cfg.model.micro_batch_size = 1
+    processes = start_two(cfg, tmp_path, torchrun)
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        if line.startswith("step 9/2400"):
+            processes[1].send_signal(signal.SIGUSR2)
+            break
+    said = processes[0].communicate(timeout=120)[0]
+    processes[1].communicate(timeout=120)
+    assert [process.returncode for process in processes] == [75, 75]
+    assert "stopped by another process at step" in said
+    last = Path(cfg.exp_manager.explicit_log_dir) / "checkpoints" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] < 2400
 
 
 def test_a_mistake_is_said_once_and_both_processes_exit_2(cfg, tmp_path):
