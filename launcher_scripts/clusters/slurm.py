@@ -125,11 +125,13 @@ class Slurm(Backend):
             "time": size.time_limit,
         }
         lines = [
-            f"--{key}" if value is True else f"--{key}={escaped(str(value))}"
+            f"--{key}" if value is True else f"--{key}={in_directive(str(value))}"
             for key, value in values.items()
             if value is not None
         ]
-        return lines + [escaped(str(argument)) for argument in cluster.get("sbatch_args") or []]
+        return lines + [
+            in_directive(str(argument)) for argument in cluster.get("sbatch_args") or []
+        ]
 
     def _srun(self, job: Job, group: Group) -> str:
         words = ["--kill-on-bad-exit=1"]  # one process that fails ends the others
@@ -171,9 +173,15 @@ class Slurm(Backend):
         return 0
 
 
-def escaped(value: str) -> str:
-    """A value for a `#SBATCH` line, whose reader knows backslashes but not all of bash's quotes."""
-    return re.sub(r"([^\w@%+=:,./\[\]-])", r"\\\1", value)
+def in_directive(value: str) -> str:
+    """A value for a `#SBATCH` line.
+
+    Its reader is no shell: a blank needs quotes around it even behind a backslash, and within
+    quotes of either kind a backslash takes the next character as it is.
+    """
+    if re.fullmatch(r"[\w@%+=:,./\[\]-]*", value):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def track(job_id: str) -> str | None:

@@ -48,6 +48,24 @@ SBATCH = r"""
 import json, os, re, subprocess, sys
 from pathlib import Path
 home = Path(os.environ["FAKE_SLURM"])
+def read_word(line):  # as Slurm 22.05 reads it: no shell's rules
+    word, quote, escaped = "", "", False
+    for at, char in enumerate(line):
+        if char.isspace() and not quote:
+            return word, line[at:]
+        if escaped:
+            word, escaped = word + char, False
+        elif char == "\\":
+            escaped = True
+        elif quote and char == quote:
+            quote = ""
+        elif not quote and char in "\"'":
+            quote = char
+        elif not quote and char == "#":
+            return word, ""
+        else:
+            word += char
+    return word, ""
 if (home / "refuse").exists() and (home / "jobs").read_text() == (home / "refuse").read_text():
     sys.exit("sbatch: error: invalid partition specified: nowhere")
 if (home / "mumble").exists():
@@ -59,10 +77,11 @@ options = {}
 for line in script.read_text().splitlines():
     if not line.startswith("#"):
         break
-    if line.startswith("#SBATCH "):  # as Slurm reads it: a backslash takes the next character
-        words = re.findall(r"(?:\\.|[^\\\s])+", line[8:])
-        assert len(words) == 1, line
-        key, _, value = re.sub(r"\\(.)", r"\1", words[0]).partition("=")
+    if line.startswith("#SBATCH "):
+        word, rest = read_word(line[8:])
+        if rest.strip():
+            sys.exit(f"sbatch: error: Invalid directive found in batch script: {rest}")
+        key, _, value = word.partition("=")
         options[key] = value
 job = f"{1000 + number}"
 print(f"Submitted batch job {job}")

@@ -65,7 +65,7 @@ def test_output_is_in_the_log_and_on_standard_output_without_control_codes(calls
 
 
 def test_missing_bcprun_is_one_line_code_2_and_nothing_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert launch(chain.config(tmp_path, "bcp", PREP), []) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "`bcprun`" in line
