@@ -184,23 +184,24 @@ def parse_time(value: Any, key: str) -> timedelta | None:
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 
 
-def validation_interval(trainer: DictConfig, per_epoch: int) -> int | float:
-    """`trainer.val_check_interval` as Lightning means it: steps, or a fraction of an epoch."""
-    value = trainer.get("val_check_interval")
+def validation_interval(trainer: DictConfig, per_epoch: int) -> dict[str, Any]:
+    """`trainer.val_check_interval` as Lightning's arguments: a share of an epoch, or steps.
+
+    Steps are counted anew in each epoch, as Lightning does; a number beyond an epoch's is counted
+    on over the epochs, where Lightning would refuse it.
+    """
+    value = trainer.get("val_check_interval", 1.0)
+    every = {"check_val_every_n_epoch": trainer.get("check_val_every_n_epoch", 1)}
     if value is None:
-        return 1.0
-    if isinstance(value, float) and not 0 < value <= 1:
+        return every
+    if (isinstance(value, float) and not 0 < value <= 1) or value <= 0:
         raise UserError(
-            f"trainer.val_check_interval={value} must be a fraction of an epoch (above 0, up to "
-            f"1.0) or a whole number of steps"
+            f"trainer.val_check_interval={value} must be a share of an epoch (above 0, up to 1.0) "
+            f"or a whole number of steps"
         )
-    if isinstance(value, int) and not 0 < value <= per_epoch:
-        raise UserError(
-            f"trainer.val_check_interval={value} steps must be from 1 to an epoch's {per_epoch}, "
-            f"or a fraction of an epoch such as 0.5; trainer.limit_val_batches: 0 switches "
-            f"validation off"
-        )
-    return value
+    if isinstance(value, int) and value > per_epoch:
+        every["check_val_every_n_epoch"] = None
+    return {"val_check_interval": value, **every}
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,8 @@ def build_trainer(
         for key in ("limit_val_batches", "limit_train_batches")
         if trainer.get(key) is not None
     }
+    if validates:
+        optional |= validation_interval(trainer, steps.per_epoch)
     built = pl.Trainer(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         strategy=strategy,
@@ -275,8 +278,6 @@ def build_trainer(
         callbacks=[*callbacks, bar],
         max_epochs=trainer.max_epochs if trainer.get("max_epochs") is not None else -1,
         max_steps=steps.total if steps.total is not None else -1,
-        val_check_interval=validation_interval(trainer, steps.per_epoch) if validates else None,
-        check_val_every_n_epoch=trainer.get("check_val_every_n_epoch", 1),
         log_every_n_steps=every,
         num_sanity_val_steps=trainer.get("num_sanity_val_steps") or 0,
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),

@@ -83,7 +83,7 @@ def test_key_log_every_n_steps_sets_the_lines(cfg, capsys):
 
 
 @pytest.mark.parametrize(
-    ("interval", "steps"), [(0.5, [3, 6, 9, 12]), (2, [2, 4, 6, 8, 10, 12]), (1.0, [6, 12])]
+    ("interval", "steps"), [(0.5, [3, 6, 9, 12]), (4, [4, 10]), (1.0, [6, 12]), (8, [8])]
 )
 def test_key_val_check_interval_in_steps_or_in_shares_of_an_epoch(interval, steps, cfg):
     cfg.trainer.val_check_interval = interval
@@ -91,9 +91,10 @@ def test_key_val_check_interval_in_steps_or_in_shares_of_an_epoch(interval, step
     assert steps_with(cfg, "val_loss") == steps
 
 
-def test_a_val_check_interval_beyond_an_epoch_is_refused(cfg):
-    cfg.trainer.val_check_interval = 7
-    refused(cfg, "trainer.val_check_interval=7 steps must be from 1 to an epoch's 6")
+@pytest.mark.parametrize("interval", [0, 1.5, -1])
+def test_a_val_check_interval_out_of_range_is_refused(interval, cfg):
+    cfg.trainer.val_check_interval = interval
+    refused(cfg, f"trainer.val_check_interval={interval} must be a share of an epoch")
 
 
 def test_key_limit_val_batches_cuts_validation(cfg):

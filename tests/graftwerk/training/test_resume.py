@@ -56,6 +56,14 @@ def test_a_run_that_died_ends_with_the_same_bits(step, cfg, tmp_path, monkeypatc
     assert same(run(cfg), straight)
 
 
+def test_validation_counted_over_epochs_resumes_to_the_same_bits(cfg, tmp_path, monkeypatch):
+    cfg.trainer.update(val_check_interval=8, max_epochs=4)
+    straight = run(elsewhere(cfg, tmp_path / "straight"))
+    stop_before(monkeypatch, cfg, 19)
+    assert same(run(cfg), straight)
+    assert [int(row["step"]) for row in read_metrics(cfg) if row["val_loss"]] == [8, 16, 24]
+
+
 def test_worker_processes_and_a_cut_epoch_resume_to_the_same_bits(cfg, tmp_path, monkeypatch):
     cfg.trainer.limit_train_batches = 4
     cfg.model.data.num_workers = 1
