@@ -3,29 +3,25 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
+from launcher_scripts.complete import (
+    absolute,
+    absolute_source,
+    fill,
+    inert_keys,
+    keys_of,
+    resolved,
+    short,
+)
 from launcher_scripts.compose import Composition
 from launcher_scripts.notices import ABSENT_CLUSTERS, Mistakes, without_effect
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
 from launcher_scripts.stages import STAGES, fill_auto
-from launcher_scripts.validate import (
-    UNKNOWN,
-    FilePath,
-    Report,
-    check,
-    default_of,
-    fields_of,
-    is_required,
-    is_schema,
-    members,
-    nearest,
-    shown,
-)
+from launcher_scripts.validate import check, fields_of, nearest, shown
 
 LOCAL = ("bcp", "interactive")  # clusters whose stages run on this machine
 
@@ -44,8 +40,8 @@ class _Check:
         self.cfg = composition.cfg
         self.stages = composition.stages
         self.notices = list(composition.notices)
-        self.problems: list[str] = []
-        self.inert: list[str] = []
+        self.problems = list(composition.problems)
+        self.inert: list[tuple[str, str]] = []  # (stage, key)
 
     def report(self, key: str, what: str) -> None:
         line = f"{key}: {what}"
@@ -77,6 +73,9 @@ class _Check:
         if os.environ.get("NEMO_LAUNCHER_DEBUG") == "1":
             cfg.dry_run = True
         cfg.stages = self.stages
+        self.inert += [
+            ("", key) for key in ("debug", "numa_mapping") if cfg.pop(key, None) is not None
+        ]
         fill(cfg, Root)
         known = {*fields_of(Root), *STAGES, "cluster"}
         plain: dict[str, Any] = {}
@@ -108,7 +107,8 @@ class _Check:
         for key in idle:
             del self.cfg.cluster[key]
             self.notices.append(f"cluster.{key} has no effect with cluster_type={kind}")
-        fill(self.cfg.cluster, schema)
+        cluster: Any = self.cfg.cluster
+        fill(cluster, schema)
         check(resolved(self.cfg, "cluster", "cluster", self.report), schema, "cluster", self.report)
 
     # -- stages
@@ -120,13 +120,14 @@ class _Check:
         if name in self.stages:
             what = "null" if part is None else shown(part)
             self.report(
-                name, f"is {what}, but stages names it; choose a configuration, such as "
-                f"{name}={'squad' if name == 'data_prep' else 'gpt3/squad'}"
+                name,
+                f"is {what}, but stages names it; choose a configuration, such as "
+                f"{name}={'squad' if name == 'data_prep' else 'gpt3/squad'}",
             )
         return False
 
-    def _stage(self, name: str) -> Any:
-        """Complete one stage, resolve it and check it against its schema."""
+    def _stage(self, name: str, given: set[str] | None = None) -> Any:
+        """Complete one stage, resolve it and check it; `given`: its keys before defaults."""
         report = self.report if name in self.stages else lambda key, what: None
         part = self.cfg[name]
         kind = part.get("kind") if not OmegaConf.is_missing(part, "kind") else None
@@ -134,7 +135,7 @@ class _Check:
             report("data_prep.kind", f"must be one of {', '.join(PREP_KINDS)}, not {shown(kind)}")
             return None
         schema = stage_schema(name, kind)
-        given = set(keys_of(part))
+        given = set(keys_of(part)) if given is None else given
         fill(part, schema)
         if "exp_manager" in part and isinstance(part.exp_manager, DictConfig):
             manager = part.exp_manager
@@ -144,18 +145,22 @@ class _Check:
         before = len(self.problems)
         check(plain, schema, name, report)
         if name in self.stages:
-            self.inert += [key for key in inert_keys(schema, plain, name) if short(key) in given]
+            found = [short(key) for key in inert_keys(schema, plain, name)]
+            self.inert += [(name, key) for key in found if key in given]
         if len(self.problems) == before:
-            absolute(self.cfg, name, plain, schema)
-            return resolved(self.cfg, name, name, report)
+            if kind == "custom":
+                absolute_source(part, plain)
+            if absolute(self.cfg, name, plain, schema):
+                plain = resolved(self.cfg, name, name, report)
         return plain
 
     def _eval(self) -> Any:
         """`eval` after the stages that its `auto` values are taken from."""
         if self.problems:
             return None  # what is wrong there would be said twice
+        given = set(keys_of(self.cfg.eval))
         self.notices += fill_auto(self.cfg)
-        plain = self._stage("eval")
+        plain = self._stage("eval", given)
         model = plain.get("model") if isinstance(plain, dict) else None
         for key, value in (model or {}).items():
             if value == "auto":
@@ -250,18 +255,23 @@ class _Check:
             )
 
     def _architecture(self, key: str, model: dict[str, Any]) -> None:
-        hidden, heads = model.get("hidden_size"), model.get("num_attention_heads")
-        groups, length = model.get("num_query_groups"), model.get("encoder_seq_length")
-        positions = model.get("max_position_embeddings")
-        if _whole(hidden, heads) and model.get("kv_channels") is None and hidden % heads:
+        names = ("hidden_size", "num_attention_heads", "num_query_groups")
+        hidden, heads, groups = (_size(model, name) for name in names)
+        length, positions = (
+            _size(model, "encoder_seq_length"),
+            _size(model, "max_position_embeddings"),
+        )
+        if hidden and heads and model.get("kv_channels") is None and hidden % heads:
             self.report(
                 f"{key}.hidden_size",
                 f"{hidden} must be a multiple of num_attention_heads {heads}, or set kv_channels",
             )
-        if _whole(heads, groups) and heads % groups:
-            self.report(f"{key}.num_query_groups", f"{groups} must divide num_attention_heads {heads}")
+        if heads and groups and heads % groups:
+            self.report(
+                f"{key}.num_query_groups", f"{groups} must divide num_attention_heads {heads}"
+            )
         learned = model.get("position_embedding_type") == "learned_absolute"
-        if learned and _whole(length, positions) and length > positions:
+        if learned and length and positions and length > positions:
             self.report(
                 f"{key}.encoder_seq_length",
                 f"{length} must be at most max_position_embeddings {positions}",
@@ -305,8 +315,10 @@ class _Check:
         resume = OmegaConf.select(part, "trainer.resume_from_checkpoint")
         truth = OmegaConf.select(part, "model.data.ground_truth_ds") or []
         paths = list(dict.fromkeys([*reads, *truth, *([resume] if resume else [])]))
-        leaves = {value: key for key, value in _text_leaves(OmegaConf.to_container(part, resolve=True))}
-        return [(leaves.get(path, ""), str(path)) for path in paths]
+        leaves = {
+            value: key for key, value in _text_leaves(OmegaConf.to_container(part, resolve=True))
+        }
+        return [(leaves.get(str(path), ""), str(path)) for path in paths]
 
     def _other_place(self, name: str, written: Sequence[str]) -> None:
         """The checkpoint where the launcher's files have it, or where its documentation has it."""
@@ -325,132 +337,18 @@ class _Check:
             )
 
 
-# ---- filling and resolving
-
-
-def fill(node: DictConfig, schema: type) -> None:
-    """Give every key that is left out its default, in lists of mappings too."""
-    for name, (expected, field) in fields_of(schema).items():
-        inner = next((option for option in members(expected) if is_schema(option)), None)
-        items = next((o for o in members(expected) if get_origin(o) is list), None)
-        if name not in node:
-            if not is_required(field):
-                node[name] = default_of(field)
-            continue
-        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
-            continue
-        value = node[name]
-        if inner is not None and isinstance(value, DictConfig):
-            fill(value, inner)
-        elif items is not None and is_schema(get_args(items)[0]) and isinstance(value, ListConfig):
-            for item in value:
-                if isinstance(item, DictConfig):
-                    fill(item, get_args(items)[0])
-
-
-def resolved(cfg: Any, key: str, shown_key: str, report: Report) -> Any:
-    """The plain value at a dotted key, each leaf resolved apart so that all faults are reported."""
-    node: Any = cfg
-    *parents, last = key.split(".")
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, DictConfig) else None
-    if not isinstance(node, DictConfig) or last not in node:
-        return None
-    return _resolve(node, last, shown_key, report)
-
-
-def _resolve(node: Any, key: Any, name: str, report: Report) -> Any:
-    try:
-        value = node[key]
-    except MissingMandatoryValue:
-        report(name, "is ???: it must be given")
-        return UNKNOWN
-    except OmegaConfBaseException as error:
-        reason = " ".join(str(error.msg or error).split())
-        raw = OmegaConf.to_container(node, resolve=False)
-        text = raw[key] if isinstance(raw, dict | list) else key
-        report(name, f"{shown(text)} cannot be resolved: {reason}")
-        return UNKNOWN
-    if isinstance(value, DictConfig):
-        return {k: _resolve(value, k, f"{name}.{k}", report) for k in value}
-    if isinstance(value, ListConfig):
-        return [_resolve(value, i, f"{name}.{i}", report) for i in range(len(value))]
-    return value
-
-
-def keys_of(node: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of all mappings below; items of lists share the key of the list."""
-    if isinstance(node, ListConfig):
-        items = node._iter_ex(resolve=False)
-        return [key for item in items for key in keys_of(item, prefix)]
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
-        return []
-    found = []
-    for key, value in node.items_ex(resolve=False):
-        name = f"{prefix}.{key}" if prefix else str(key)
-        found += [name, *keys_of(value, name)]
-    return found
-
-
-def absolute(cfg: Any, key: str, value: Any, expected: Any) -> None:
-    """Make relative paths absolute, in place: a job does not run where its user typed."""
-    for option in members(expected):
-        if get_origin(option) is Literal and value in get_args(option):
-            return
-    for option in members(expected):
-        base = option
-        if get_origin(option) is Annotated:
-            rules = get_args(option)[1:]
-            if isinstance(value, str) and any(isinstance(rule, FilePath) for rule in rules):
-                path = os.path.abspath(os.path.expanduser(value))
-                if path != value:
-                    OmegaConf.update(cfg, key, path.replace("${", "\\${"))
-                return
-            continue
-        if is_schema(base) and isinstance(value, dict):
-            for name, item in value.items():
-                if name in fields_of(base):
-                    absolute(cfg, f"{key}.{name}", item, fields_of(base)[name][0])
-            return
-        if get_origin(base) is list and isinstance(value, list):
-            for index, item in enumerate(value):
-                absolute(cfg, f"{key}.{index}", item, get_args(base)[0])
-            return
-
-
-def inert_keys(schema: Any, value: Any, key: str) -> list[str]:
-    """Keys of `value` that are accepted and change nothing."""
-    found = []
-    for name, (expected, field) in fields_of(schema).items():
-        child = f"{key}.{name}"
-        if not isinstance(value, dict) or name not in value:
-            continue
-        if field.metadata.get("inert"):
-            found.append(child)
-        for option in members(expected):
-            items = value[name] if isinstance(value[name], list) else [value[name]]
-            inner = get_args(option)[0] if get_origin(option) is list else option
-            if is_schema(inner):
-                found += [k for item in items for k in inert_keys(inner, item, child)]
-    return list(dict.fromkeys(found))
-
-
-def short(key: str) -> str:
-    """A dotted key without its stage."""
-    return key.split(".", 1)[1]
-
-
 def own_shape(model: dict[str, Any]) -> Shape:
     """The shape that a `training` configuration describes itself."""
-    heads, hidden = model.get("num_attention_heads"), model.get("hidden_size")
-    ffn = model.get("ffn_hidden_size") or (4 * hidden if _whole(hidden) else None)
-    groups = model.get("num_query_groups") or heads
-    sizes = [model.get("num_layers"), heads, groups, ffn]
-    return Shape(*[size if _whole(size) else None for size in sizes])
+    heads, hidden = _size(model, "num_attention_heads"), _size(model, "hidden_size")
+    ffn = _size(model, "ffn_hidden_size") or (4 * hidden if hidden else None)
+    groups = _size(model, "num_query_groups") or heads
+    return Shape(_size(model, "num_layers"), heads, groups, ffn)
 
 
-def _whole(*values: Any) -> bool:
-    return all(isinstance(value, int) and value > 0 for value in values)
+def _size(values: dict[str, Any], key: str) -> int | None:
+    """A size where it is one; what is none is reported elsewhere."""
+    size = values.get(key)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _silent(key: str, what: str) -> None:

@@ -8,7 +8,6 @@ clusters and with stages of ours that it does not have.
 
 import itertools
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,32 +21,23 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher_scripts import overrides as words
 from launcher_scripts import resolvers
 from launcher_scripts.notices import (
-    ABSENT_STAGES,
-    RENAMED_STAGES,
     Mistakes,
     one_line,
-    stage_hint,
 )
-from launcher_scripts.schema import CLUSTERS
+from launcher_scripts.plan import GROUPS, Plan, collector, options_of
 from launcher_scripts.stages import STAGES
-from launcher_scripts.validate import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-GROUPS = (*STAGES, "cluster", "experiment")
-REFERENCE = re.compile(r"\$\{(\w+)\.")
 
 
 class _Repository(ConfigRepository):
@@ -76,6 +66,7 @@ class Composition:
     cfg: DictConfig
     stages: list[str]
     notices: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 class Composer:
@@ -114,7 +105,7 @@ class Composer:
     def points(self, typed: Sequence[str], multirun: bool) -> list[list[str]]:
         """The words of each run: one run, or one for each point of a sweep."""
         problems: list[str] = []
-        parsed = words.read(typed, tuple(STAGES), _collector(problems))
+        parsed = words.read(typed, tuple(STAGES), collector(problems))
         if multirun:
             for override in parsed:
                 if override.is_sweep_override() and override.is_interval_sweep():
@@ -136,19 +127,27 @@ class Composer:
         ]
         return [list(point) for point in itertools.product(*choices)]
 
-    def compose(self, typed: Sequence[str], whole: bool = False) -> Composition:
-        """Compose what the words ask for; `whole` composes every group, asked for or not.
+    def compose(self, typed: Sequence[str]) -> Composition:
+        """Compose what the words ask for.
+
+        Unknown stages, groups, options and keys are `problems` of the result, which is composed
+        without them, so that its values can be checked in the same run.
 
         Raises:
-            Mistakes: unknown stages, groups, options and keys, and words that are none.
+            Mistakes: where nothing can be composed.
         """
-        plan = _Plan(self, typed, whole)
-        cfg = plan.compose()
-        return Composition(cfg, plan.stages, plan.notices)
+        plan = Plan(self, typed)
+        try:
+            cfg = plan.compose()
+        except Mistakes as mistakes:
+            raise Mistakes([*plan.problems, *mistakes.lines]) from None
+        return Composition(cfg, plan.stages, plan.notices, plan.problems)
 
     def hydra_words(self, typed: Sequence[str]) -> list[str]:
         """The words with which Hydra itself composes everything, for `--cfg` and its kin."""
-        plan = _Plan(self, typed, whole=True)
+        plan = Plan(self, typed, whole=True)
+        if plan.problems:
+            raise Mistakes(plan.problems)
         self.loader.repository.unset = plan.unset()
         return plan.words()
 
@@ -174,272 +173,6 @@ class Composer:
         return {group: options_of(repo, group) for group in GROUPS if repo.group_exists(group)}
 
 
-class _Plan:
-    """What to compose for one command line."""
-
-    def __init__(self, composer: Composer, typed: Sequence[str], whole: bool) -> None:
-        self.composer = composer
-        self.whole = whole
-        self.notices: list[str] = []
-        problems: list[str] = []
-        report = _collector(problems)
-        parsed = words.read(typed, tuple(STAGES), report)
-        parsed = [o for o in parsed if words.check_sweep(o, report)]
-        self.repo = self._repository(parsed)
-        self.primary = self._primary()
-        self.defaults = self._defaults()
-        self.choices = [o for o in parsed if self._is_choice(o)]
-        self.values = [o for o in parsed if o not in self.choices]
-        self.choices = [o for o in self.choices if self._check_choice(o, report)]
-        self.stages = self._stages(report)
-        self.values = [o for o in self.values if words.check_key(o, self.stages, report)]
-        self.cluster_type = self._value("cluster_type", "bcm")
-        if problems:
-            raise Mistakes(problems)
-        self.needed = set(self.stages)
-        learners = {stage.name for stage in STAGES.values() if stage.learns}
-        if not learners & self.needed and "eval" in self.needed:
-            self.needed |= learners  # what its `auto` values are taken from
-        if {"eval", *learners} & self.needed:
-            self.needed.add("data_prep")  # may have to be put in front
-
-    # -- what there is
-
-    def _repository(self, parsed: list[Override]) -> Any:
-        lines = [o.input_line for o in parsed if o.is_hydra_override()]
-        loader = self.composer.loader
-        loader.repository.unset = frozenset()
-        try:
-            return loader._parse_overrides_and_create_caching_repo(self.composer.name, lines)[1]
-        except HydraException as error:
-            raise Mistakes([one_line(error)]) from None
-        except yaml.YAMLError as error:
-            raise Mistakes([f"{self.composer.name}.yaml: {one_line(error)}"]) from None
-
-    def _primary(self) -> Any:
-        loaded = self.repo.load_config(self.composer.name)
-        if loaded is None:
-            places = [s.path for s in self.repo.get_sources() if s.scheme() == "file"]
-            raise Mistakes([f"no {self.composer.name}.yaml in {', '.join(places)}"])
-        return loaded
-
-    def _defaults(self) -> dict[str, Any]:
-        """The groups of the primary file's defaults list, each with its option."""
-        entries = self.primary.defaults_list or []
-        return {
-            entry.group: entry.value
-            for entry in entries
-            if isinstance(entry, GroupDefault) and not entry.override
-        }
-
-    def _is_choice(self, override: Override) -> bool:
-        key = override.key_or_group
-        return (
-            "." not in key
-            and (override.value() is None or isinstance(override.value(), str | list))
-            and (
-                "/" in key
-                or key in GROUPS
-                or key in self.defaults
-                or (self.repo.group_exists(key) and key not in ("stages",))
-            )
-        )
-
-    def _check_choice(self, override: Override, report: Any) -> bool:
-        group, option = override.key_or_group, override.value()
-        hint = stage_hint(group, STAGES)
-        if hint is not None and not self.whole:
-            report(f"{group}={option}", f"{group} is no group; {hint}")
-        elif not self.repo.group_exists(group):
-            base, _, folder = group.partition("/")
-            if folder and base in GROUPS and isinstance(option, str):
-                report(f"{group}={option}", f"no such group; did you mean {base}={folder}/{option}?")
-            else:
-                report(f"{group}={option}", f"no such group{nearest(base, GROUPS)}")
-        elif isinstance(option, str) and not self.repo.config_exists(f"{group}/{option}"):
-            known = options_of(self.repo, group)
-            near = nearest(option, known)
-            listed = f" (there are {', '.join(known)})" if near.startswith("; did") else ""
-            report(f"{group}={option}", f"no such option{near}{listed}")
-        else:
-            return True
-        return False
-
-    # -- what is asked for
-
-    def _value(self, key: str, default: Any = None) -> Any:
-        """A top-level value as it will be: typed, else of the experiment, else of the primary."""
-        typed = [o for o in self.values if o.key_or_group == key and not o.is_delete()]
-        if typed:
-            return typed[-1].value()
-        for name in self._experiments():
-            loaded = self.repo.load_config(f"experiment/{name}")
-            if loaded is not None and key in loaded.config:
-                return loaded.config[key]
-        return self.primary.config.get(key, default)
-
-    def _experiments(self) -> list[str]:
-        option = self.defaults.get("experiment")
-        for override in self.choices:
-            if override.key_or_group == "experiment":
-                option = override.value()
-        return [str(o) for o in option] if isinstance(option, list) else [option] if option else []
-
-    def _stages(self, report: Any) -> list[str]:
-        typed = any(o.key_or_group == "stages" for o in self.values)
-        asked = self._value("stages")
-        if OmegaConf.is_list(asked):
-            asked = OmegaConf.to_container(asked)  # pyright: ignore
-        names = asked.split(",") if isinstance(asked, str) else asked
-        if not isinstance(names, list) or not names:
-            report("stages", f"must name at least one stage; there are {', '.join(STAGES)}")
-            return []
-        stages = [self._stage(str(name).strip(), typed, report) for name in names]
-        found = [stage for stage in stages if stage is not None]
-        ordered = [stage for stage in STAGES if stage in found]
-        if found != ordered:
-            self.notices.append(f"stages run in this order: {', '.join(ordered)}")
-        return ordered
-
-    def _stage(self, name: str, typed: bool, report: Any) -> str | None:
-        if name in STAGES:
-            return name
-        if name in RENAMED_STAGES and not typed:
-            self.notices.append(f"stages: {name} is {RENAMED_STAGES[name]} here")
-            return RENAMED_STAGES[name]
-        hint = stage_hint(name, STAGES)
-        report(f"stages={name}", f"no such stage; {hint}" if hint else _unknown_stage(name))
-        return None
-
-    # -- what Hydra is told
-
-    def compose(self) -> DictConfig:
-        while True:
-            unset = self.unset()
-            cfg = self.composer.load(self.words(), unset)
-            for group in unset:
-                cfg.hydra.runtime.choices[group] = self._chosen(group)
-            HydraConfig.instance().set_config(cfg)
-            OmegaConf.set_struct(cfg, False)
-            del cfg["hydra"]
-            referred = self._referred(cfg)
-            if referred <= self.needed or self.whole:
-                return self._own_groups(cfg)
-            self.needed |= referred
-
-    def _chosen(self, group: str) -> Any:
-        typed = [o.value() for o in self.choices if o.key_or_group == group]
-        return typed[-1] if typed else self.defaults.get(group)
-
-    def _referred(self, cfg: DictConfig) -> set[str]:
-        """The stages that interpolations of the requested ones name."""
-        text = [str(OmegaConf.to_container(cfg[name])) for name in self.needed if cfg.get(name)]
-        names = {name for part in text for name in REFERENCE.findall(part)}
-        return {name for name in names if name in STAGES}
-
-    def _own_groups(self, cfg: DictConfig) -> DictConfig:
-        """Take out what has no meaning here, and what an experiment sets of idle stages."""
-        idle = [] if self.whole else [name for name in STAGES if name not in self.needed]
-        for name in (*ABSENT_STAGES, *RENAMED_STAGES, *idle):
-            cfg.pop(name, None)
-        for name in [str(key) for key in cfg if str(key).endswith("_config")]:
-            del cfg[name]
-        return cfg
-
-    def words(self) -> list[str]:
-        """Every word for Hydra: choices of groups, then values."""
-        chosen = self._group_words()
-        values = []
-        idle = []
-        for override in self.values:
-            head = override.key_or_group.split(".")[0]
-            if override.is_hydra_override():
-                values.append(str(override.input_line))
-            elif head in STAGES and head not in self.needed and not self.whole:
-                idle.append(str(override.input_line))
-            else:
-                values.append(words.forced(override))
-        if idle:
-            line = f"without effect, since their stages do not run: {' '.join(idle)}"
-            if line not in self.notices:
-                self.notices.append(line)
-        return [*chosen, *values]
-
-    def unset(self) -> frozenset[str]:
-        """Groups of the primary file that are not composed."""
-        groups = {name for name in self.defaults if name in ABSENT_STAGES or name in RENAMED_STAGES}
-        for override in self.choices:
-            if override.value() is None:
-                groups.add(override.key_or_group)
-        if not self.whole:
-            groups |= {name for name in self.defaults if name in STAGES and name not in self.needed}
-        return frozenset(groups)
-
-    def _group_words(self) -> list[str]:
-        unset = self.unset()
-        said = {}
-        for override in self.choices:
-            group = override.key_or_group
-            known = group in self.defaults or group.startswith("hydra/")
-            if override.is_delete():
-                said[group] = override.input_line
-            elif group not in unset and (known or self.whole or group not in STAGES):
-                said[group] = _choice("" if known else "+", override)
-            elif group in self.needed and override.value() is not None:
-                said[group] = _choice("" if known else "+", override)
-        for stage in sorted(self.needed - set(said)):
-            if self.defaults.get(stage) is None and self._chosen(stage) is None:
-                option = self._substitute(stage)
-                if option is not None:
-                    said[stage] = f"{'' if stage in self.defaults else '+'}{stage}={option}"
-        cluster = self._cluster()
-        if cluster is not None:
-            said["cluster"] = f"{'' if 'cluster' in self.defaults else '+'}cluster={cluster}"
-        return [str(word) for word in said.values()]
-
-    def _substitute(self, stage: str) -> str | None:
-        """The option of a stage that the primary file does not choose, or that it calls otherwise."""
-        if stage == "data_prep":
-            return "squad"
-        other = next((name for name, ours in RENAMED_STAGES.items() if ours == stage), None)
-        option = self.defaults.get(other) if other else None
-        if not isinstance(option, str):
-            return None
-        # Its evaluation has one file for each method (adapter_gpt3/squad), ours one for all.
-        ours = re.sub(r"^(adapter|ia3|prompt)_", "", option)
-        return ours if self.repo.config_exists(f"{stage}/{ours}") else None
-
-    def _cluster(self) -> str | None:
-        """The cluster's file where it is not chosen by hand: that of `cluster_type`."""
-        typed = [o for o in self.choices if o.key_or_group == "cluster"]
-        chosen = typed[-1].value() if typed else self.defaults.get("cluster")
-        kind = self.cluster_type
-        if kind not in CLUSTERS or chosen == kind or (typed and chosen not in CLUSTERS):
-            return None
-        if typed and chosen != "bcm":
-            raise Mistakes(
-                [f"cluster={chosen}: goes with cluster_type={chosen}, not cluster_type={kind}"]
-            )
-        return str(kind) if typed or chosen in CLUSTERS or chosen is None else None
-
-
-def options_of(repo: Any, group: str) -> list[str]:
-    """All options of a group, those of its folders too."""
-    found = list(repo.get_group_options(group, ObjectType.CONFIG))
-    for folder in repo.get_group_options(group, ObjectType.GROUP):
-        found += [f"{folder}/{option}" for option in options_of(repo, f"{group}/{folder}")]
-    return found
-
-
-def _choice(add: str, override: Override) -> str:
-    option = override.get_value_string()
-    return f"{add}{override.get_key_element().lstrip('+')}={option}"
-
-
-def _collector(problems: list[str]) -> Any:
-    return lambda key, what: problems.append(f"{key}: {what}")
-
-
 def _folder(config_path: str) -> Path:
     """`--config-path`: against the folder of `main.py`, as Hydra has it, or the current one."""
     places: Iterable[Path] = (ROOT / config_path, Path(config_path).absolute())
@@ -447,12 +180,3 @@ def _folder(config_path: str) -> Path:
         if place.is_dir():
             return place
     raise Mistakes([f"--config-path: {Path(config_path).absolute()} is no folder"])
-
-
-def _unknown_stage(name: str) -> str:
-    near = nearest(name, [*STAGES, *RENAMED_STAGES])
-    for other, ours in RENAMED_STAGES.items():
-        near = near.replace(f"mean {other}?", f"mean {ours}?")
-    if near.startswith("; did"):
-        return f"no such stage{near}"
-    return f"no such stage; there are {', '.join(STAGES)}"

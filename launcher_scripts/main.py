@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         return _main(args, parser)
     except Mistakes as mistakes:
@@ -82,34 +82,46 @@ def _main(args: Any, parser: Any) -> int:
         if args.resolve:
             raise Mistakes(["--resolve: goes with --cfg"])
         points = composer.points(args.overrides, args.multirun)
-        prepared = [_prepare(composer, point, number) for number, point in enumerate(points)]
+        prepared = [_prepare(composer, point) for point in points]
+        folders = _folders([cfg for cfg, _ in prepared])
+        if folders:
+            apart = [[*point, *words] for point, words in zip(points, folders, strict=True)]
+            prepared = [_prepare(composer, point) for point in apart]
     finally:
         composer.close()
-    if len(prepared) > 1:
-        _part(prepared)
     return _launch(prepared)
 
 
-def _prepare(composer: "Composer", point: list[str], number: int) -> tuple[Any, list[str]]:
+def _prepare(composer: "Composer", point: list[str]) -> tuple[Any, list[str]]:
     """One composed and checked configuration, and what to tell of it."""
     from launcher_scripts.checks import finish
 
-    if number:
-        point = [*point, f"hydra.job.num={number}"]
     composition = composer.compose(point)
     return composition.cfg, finish(composition)
 
 
-def _part(prepared: list[tuple[Any, list[str]]]) -> None:
-    """Give the runs of a sweep folders and names of their own, where they would share them."""
-    for stage in {str(stage) for cfg, _ in prepared for stage in cfg.stages}:
-        runs = [(n, cfg) for n, (cfg, _) in enumerate(prepared) if stage in cfg.stages]
-        if len({str(cfg[stage].run.results_dir) for _, cfg in runs}) == len(runs):
+def _folders(runs: list[Any]) -> list[list[str]]:
+    """Words that give the runs of a sweep folders and names of their own, where they share them."""
+    words: list[list[str]] = [[] for _ in runs]
+    for stage in dict.fromkeys(str(stage) for cfg in runs for stage in cfg.stages):
+        places = {str(cfg[stage].run.results_dir) for cfg in runs if stage in cfg.stages}
+        if len(places) == sum(stage in cfg.stages for cfg in runs):
             continue
-        for number, cfg in runs:
-            run = cfg[stage].run
-            run.results_dir = f"{run.results_dir}/{number}".replace("${", "\\${")
-            run.name = f"{run.name}_{number}".replace("${", "\\${")
+        for number, cfg in enumerate(runs):
+            if stage in cfg.stages:
+                run = cfg[stage].run
+                words[number] += [
+                    f"{stage}.run.results_dir={_quoted(f'{run.results_dir}/{number}')}",
+                    f"{stage}.run.name={_quoted(f'{run.name}_{number}')}",
+                ]
+    return words if any(words) else []
+
+
+def _quoted(text: str) -> str:
+    """Text as a value of Hydra's grammar."""
+    from launcher_scripts.complete import plain_text
+
+    return "'" + plain_text(text).replace("'", "\\'") + "'"
 
 
 def _launch(prepared: list[tuple[Any, list[str]]]) -> int:
@@ -126,9 +138,7 @@ def _launch(prepared: list[tuple[Any, list[str]]]) -> int:
 
 
 def _help(composer: "Composer", parser: Any) -> str:
-    groups = [
-        f"  {group:<18}{', '.join(options)}" for group, options in composer.options().items()
-    ]
+    groups = [f"  {group:<18}{', '.join(options)}" for group, options in composer.options().items()]
     flags = composer.hydra.format_args_help(parser).splitlines()
     return HELP.format(groups="\n".join(groups), flags="\n".join(f"  {flag}" for flag in flags))
 

@@ -52,6 +52,10 @@ FOREIGN_KEYS = {
     "max_new_tokens": "ours is model.inference.tokens_to_generate",
     "gpus": "ours is trainer.devices",
     "nodes": "ours is trainer.num_nodes",
+    **dict.fromkeys(
+        ("gres", "qos", "constraint", "reservation", "exclude"),
+        'ours is cluster.sbatch_args, such as ["--gres=gpu:8"]',
+    ),
     "walltime": "ours is run.time_limit",
 }
 
@@ -69,13 +73,17 @@ def stage_hint(name: str, known: Iterable[str]) -> str | None:
     if name in RENAMED_STAGES:
         return f"it is called {RENAMED_STAGES[name]} here"
     if name in ABSENT_STAGES:
-        return f"there is no such stage here; there are {', '.join(known)}"
+        return f"it is not here; there are {', '.join(known)}"
     return None
 
 
-def without_effect(keys: Sequence[str]) -> list[str]:
-    """The one notice that names accepted keys that change nothing here."""
-    return [f"without effect here: {', '.join(keys)}"] if keys else []
+def without_effect(keys: Sequence[tuple[str, str]]) -> list[str]:
+    """The one notice that names accepted keys that change nothing here, given as (stage, key)."""
+    if not keys:
+        return []
+    stages = ", ".join(dict.fromkeys(stage for stage, _ in keys if stage))
+    names = ", ".join(dict.fromkeys(key for _, key in keys))
+    return [f"accepted without effect{f' in {stages}' if stages else ''}: {names}"]
 
 
 def one_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ Hydra stops at its first bad word. Here every word is looked at before anything 
 one run names all mistakes.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
@@ -20,9 +19,15 @@ from launcher_scripts.notices import (
     stage_hint,
 )
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, STAGE_SCHEMAS, Root
-from launcher_scripts.validate import fields_of, is_schema, leaves, members, nearest
-
-Report = Any  # validate.Report
+from launcher_scripts.validate import (
+    Report,
+    closest,
+    fields_of,
+    is_schema,
+    leaves,
+    members,
+    nearest,
+)
 
 
 def read(words: Iterable[str], known: Sequence[str], report: Report) -> list[Override]:
@@ -110,9 +115,7 @@ def _base(expected: Any) -> Any:
 
 def _hint(name: str, schema: type, key: str, root: Any, top: str) -> str:
     """The nearest sibling; else our name for it; else the key of that name elsewhere."""
-    if name in FOREIGN_KEYS:
-        return f"; {FOREIGN_KEYS[name]}"
-    if not difflib.get_close_matches(name, fields_of(schema), n=1, cutoff=0.75) and is_schema(root):
+    if closest(name, fields_of(schema), 0.75) is None and name not in FOREIGN_KEYS:
         for leaf, _, _ in leaves(root, top):
             if leaf.rsplit(".", 1)[-1] == name:
                 return f"; did you mean {leaf}?"
@@ -125,9 +128,9 @@ def _root_hint(name: str, rest: Sequence[str], stages: Sequence[str]) -> str:
     if name in FOREIGN_KEYS:
         return f"; {FOREIGN_KEYS[name]}"
     known = [*fields_of(Root), *STAGE_SCHEMAS, "cluster", "experiment"]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    if near:
-        return f"; did you mean {'.'.join([near[0], *rest])}?"
+    near = closest(name, known, 0.7)
+    if near is not None:
+        return f"; did you mean {'.'.join([near, *rest])}?"
     path = ".".join([name, *rest])
     for stage in sorted(STAGE_SCHEMAS, key=lambda stage: stage not in stages):
         for leaf, _, _ in leaves(STAGE_SCHEMAS[stage], stage):

@@ -1,4 +1,4 @@
-"""Functions that YAML values may call: `${multiply:a,b}`, `${divide_ceil:a,b}`, `${divide_floor:a,b}`.
+"""Functions that YAML values call: `${multiply:a,b}`, `${divide_ceil:a,b}`, `${divide_floor:a,b}`.
 
 The first three are those of the published launcher's files; `${launcher_scripts:}` is the folder of
 this module, the default of `launcher_scripts_path`.

@@ -5,9 +5,16 @@ here; what it holds besides is a mistake. A default that refers to other keys is
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, dataclass_transform
 
 from launcher_scripts.validate import INERT, FilePath, Form, Range
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def keys(cls: type) -> type:
+    """A dataclass of keys, without the methods that nobody calls and that take time to make."""
+    return dataclass(cls, kw_only=True, repr=False, eq=False, match_args=False)  # pyright: ignore
+
 
 Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
@@ -57,7 +64,7 @@ InitMethod = Literal["xavier", "zero", "normal", "uniform", "kaiming"]
 # ---- all stages
 
 
-@dataclass
+@keys
 class Run:
     """What a job is called, how long it may take, where it leaves its files."""
 
@@ -72,7 +79,7 @@ class Run:
     convert_dir: Path | None = None
 
 
-@dataclass
+@keys
 class Devices:
     """Where a stage that runs on devices runs (`trainer` of a stage that does not learn)."""
 
@@ -82,7 +89,7 @@ class Devices:
     precision: Precision = "bf16"
 
 
-@dataclass
+@keys
 class Trainer(Devices):
     """Length, validation and gradients of a training run, in Lightning's names."""
 
@@ -104,13 +111,13 @@ class Trainer(Devices):
     replace_sampler_ddp: bool = field(default=False, metadata=INERT)
 
 
-@dataclass
+@keys
 class WandbLogger:
     project: str | None = None
     name: str | None = None
 
 
-@dataclass
+@keys
 class CheckpointCallback:
     """Which checkpoints a training run keeps."""
 
@@ -125,7 +132,7 @@ class CheckpointCallback:
     model_parallel_size: Positive | None = field(default=None, metadata=INERT)
 
 
-@dataclass
+@keys
 class ExpManager:
     """Logs, checkpoints and resuming of a training run."""
 
@@ -142,7 +149,7 @@ class ExpManager:
     checkpoint_callback_params: CheckpointCallback = field(default_factory=CheckpointCallback)
 
 
-@dataclass
+@keys
 class TaskTemplate:
     """How a row of one task becomes a prompt and an answer."""
 
@@ -158,7 +165,7 @@ class TaskTemplate:
 # ---- data_prep
 
 
-@dataclass
+@keys
 class Split:
     """Paragraphs (squad) or rows (custom): counts, or shares of the whole."""
 
@@ -167,21 +174,21 @@ class Split:
     test: Count | Share
 
 
-@dataclass
+@keys
 class Sources:
     train: str
     val: str | None = None
     test: str | None = None
 
 
-@dataclass
+@keys
 class Rows:
     train: Count = 8000
     val: Count = 200
     test: Count = 200
 
 
-@dataclass
+@keys
 class SquadPrep:
     """`data_prep` of SQuAD's own JSON."""
 
@@ -196,7 +203,7 @@ class SquadPrep:
     seed: Count = 1234
 
 
-@dataclass
+@keys
 class CustomPrep:
     """`data_prep` of any JSONL, CSV, Parquet or Hub data set."""
 
@@ -214,7 +221,7 @@ class CustomPrep:
     seed: Count = 1234
 
 
-@dataclass
+@keys
 class SyntheticPrep:
     """`data_prep` of generated question answering."""
 
@@ -232,7 +239,7 @@ class SyntheticPrep:
 # ---- learning
 
 
-@dataclass
+@keys
 class Data:
     """The rows that a learning stage reads, and how it feeds them."""
 
@@ -246,7 +253,7 @@ class Data:
     pin_memory: bool = False
 
 
-@dataclass
+@keys
 class Schedule:
     """The learning rate over the steps; each schedule takes the keys that its formula has."""
 
@@ -264,7 +271,7 @@ class Schedule:
     cooldown: Count | None = None
 
 
-@dataclass
+@keys
 class Optim:
     name: Literal["fused_adam", "adamw", "adam"] = "fused_adam"
     lr: Annotated[float, Range(above=0)] = 1e-4
@@ -274,7 +281,7 @@ class Optim:
     sched: Schedule = field(default_factory=Schedule)
 
 
-@dataclass
+@keys
 class Layout:
     """How a model and its batches lie on the devices."""
 
@@ -286,7 +293,7 @@ class Layout:
     gradient_as_bucket_view: bool = field(default=False, metadata=INERT)
 
 
-@dataclass
+@keys
 class _Learned(Layout):
     """What the models of all learning stages share."""
 
@@ -300,7 +307,7 @@ class _Learned(Layout):
     pipeline_model_parallel_split_rank: Count | None = field(default=None, metadata=INERT)
 
 
-@dataclass(kw_only=True)
+@keys
 class IA3Model(_Learned):
     """A frozen base with IA3's scales."""
 
@@ -310,7 +317,7 @@ class IA3Model(_Learned):
     data: Data
 
 
-@dataclass
+@keys
 class AdapterTuning:
     """The bottleneck after attention and after the MLP of each layer."""
 
@@ -323,14 +330,14 @@ class AdapterTuning:
     row_init_method: InitMethod = "zero"
 
 
-@dataclass(kw_only=True)
+@keys
 class AdapterModel(IA3Model):
     """A frozen base with bottleneck adapters."""
 
     adapter_tuning: AdapterTuning = field(default_factory=AdapterTuning)
 
 
-@dataclass
+@keys
 class Tokenizer:
     """What `training` cuts text into."""
 
@@ -339,7 +346,7 @@ class Tokenizer:
     vocab_size: Positive | None = None
 
 
-@dataclass(kw_only=True)
+@keys
 class TrainingModel(_Learned):
     """A whole model, trained from its first weights, in Megatron's names."""
 
@@ -370,7 +377,7 @@ class TrainingModel(_Learned):
     embedding_dropout: Share = 0.0
 
 
-@dataclass
+@keys
 class TrainingStage:
     run: Run
     model: TrainingModel
@@ -378,7 +385,7 @@ class TrainingStage:
     exp_manager: ExpManager = field(default_factory=ExpManager)
 
 
-@dataclass
+@keys
 class AdapterStage:
     run: Run
     model: AdapterModel
@@ -386,7 +393,7 @@ class AdapterStage:
     exp_manager: ExpManager = field(default_factory=ExpManager)
 
 
-@dataclass
+@keys
 class IA3Stage:
     run: Run
     model: IA3Model
@@ -397,13 +404,13 @@ class IA3Stage:
 # ---- eval
 
 
-@dataclass
+@keys
 class EvaluatedAdapter:
     name: Name
     path: Path
 
 
-@dataclass
+@keys
 class EvalData:
     test_ds: list[Path]
     ground_truth_ds: list[Path] = field(default_factory=list)
@@ -411,14 +418,14 @@ class EvalData:
     add_bos: bool = False
 
 
-@dataclass
+@keys
 class Inference:
     greedy: Literal[True] = True
     tokens_to_generate: Positive = 32
     end_strings: list[str] = field(default_factory=list)
 
 
-@dataclass(kw_only=True)
+@keys
 class EvalModel:
     """Which model answers which rows, and how."""
 
@@ -434,12 +441,12 @@ class EvalModel:
     inference: Inference = field(default_factory=Inference)
 
 
-@dataclass
+@keys
 class EvalExpManager:
     explicit_log_dir: Path = "${..run.results_dir}/results"
 
 
-@dataclass
+@keys
 class EvalStage:
     run: Run
     model: EvalModel
@@ -450,7 +457,7 @@ class EvalStage:
 # ---- clusters and the whole
 
 
-@dataclass
+@keys
 class Local:
     """What jobs need wherever they run."""
 
@@ -458,7 +465,7 @@ class Local:
     setup: list[str] = field(default_factory=list)
 
 
-@dataclass
+@keys
 class Bcm(Local):
     """Slurm."""
 
@@ -475,12 +482,12 @@ class Bcm(Local):
     sbatch_args: list[str] = field(default_factory=list)
 
 
-@dataclass
+@keys
 class Bcp(Local):
     """Base Command Platform: the job that `main.py` was started in."""
 
 
-@dataclass
+@keys
 class Interactive(Local):
     """This machine."""
 
@@ -502,7 +509,7 @@ STAGE_SCHEMAS: dict[str, type] = {
 }
 
 
-@dataclass
+@keys
 class Root:
     """The keys beside the stages and the cluster."""
 

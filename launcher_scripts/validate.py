@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from launcher_scripts.notices import FOREIGN_KEYS
+
 NONE = type(None)
 UNKNOWN = object()  # stands for a value that could not be resolved, and is reported already
 INERT = {"inert": True}  # metadata of a field that is accepted and cannot change anything here
@@ -197,27 +199,34 @@ def shown(value: Any) -> str:
 
 
 def _hint(value: Any, options: tuple[Any, ...]) -> str:
-    choices = [
-        choice
+    choices = {
+        choice.lower(): choice
         for option in options
         if get_origin(option) is Literal
         for choice in get_args(option)
         if isinstance(choice, str)
-    ]
-    if not isinstance(value, str) or not choices:
-        return ""
-    near = difflib.get_close_matches(value.lower(), {c.lower(): c for c in choices}, n=1)
-    right = {c.lower(): c for c in choices}
-    return f"; did you mean {right[near[0]]}?" if near else ""
+    }
+    match = closest(value.lower(), choices) if isinstance(value, str) else None
+    return f"; did you mean {choices[match]}?" if match else ""
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`; of equally like ones, one of the same letters."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    letters = [match for match in near if sorted(match) == sorted(name)]
+    return letters[0] if letters else near[0] if near else None
 
 
 def nearest(name: str, known: Iterable[str], parent: str = "") -> str:
-    """What to do about an unknown name: the nearest known one, or all of them."""
+    """What to do about an unknown name: the nearest known one, our name for it, or all of them."""
     known = list(known)
-    prefix = f"{parent}." if parent else ""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
+    match = closest(name, known)
+    foreign = name if name in FOREIGN_KEYS else closest(name, FOREIGN_KEYS, 0.8)
+    if foreign is not None and (name == foreign or match is None):
+        return f"; {FOREIGN_KEYS[foreign]}"
+    if match is not None:
+        return f"; did you mean {parent}{'.' if parent else ''}{match}?"
     return f"; allowed here: {', '.join(known)}" if known else ""
 
 
