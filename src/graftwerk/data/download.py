@@ -105,7 +105,8 @@ def _receive(remote: RemoteFile, part: Path, start: int) -> None:
     request = urllib.request.Request(remote.url, headers={"User-Agent": "graftwerk"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with urllib.request.urlopen(request, timeout=60) as response:
+    # An opener of its own: the common one keeps the proxies that it first found.
+    with urllib.request.build_opener().open(request, timeout=60) as response:
         continues = response.status == 206
         with open(part, "ab" if continues else "wb") as file:
             # `read1` gives what has arrived, so that a break loses no byte.

@@ -140,22 +140,22 @@ class _Reader:
 
     def _sound(self, path: Path, split: str, sieve: Sieve) -> Iterator[Found]:
         for context, question in _questions(path):
-            answers = self._answers(question)
-            if answers is None:
+            impossible = question.get("is_impossible") is True
+            if impossible and self.unanswerable_answer is None:
                 sieve.drop("unanswerable")
                 continue
+            answers = [self.unanswerable_answer] if impossible else _answers(question)
             fields = {"context": context, "question": question.get("question")}
             if sieve.passes(split, fields, answers):
                 yield fields, answers, question.get("id")
 
-    def _answers(self, question: dict[str, Any]) -> Any:
-        """Every gold answer; None for a question of v2.0 that has none and is dropped for it."""
-        given = question.get("answers")
-        if question.get("is_impossible") is True:
-            return None if self.unanswerable_answer is None else [self.unanswerable_answer]
-        if not isinstance(given, list):
-            return given
-        return [answer.get("text") if isinstance(answer, dict) else answer for answer in given]
+
+def _answers(question: dict[str, Any]) -> Any:
+    """The texts of every gold answer; what is no list comes as it is, for the sieve to drop."""
+    given = question.get("answers")
+    if not isinstance(given, list):
+        return given
+    return [answer.get("text") if isinstance(answer, dict) else answer for answer in given]
 
 
 def _questions(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
