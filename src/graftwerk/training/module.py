@@ -122,7 +122,7 @@ class LearningModule(pl.LightningModule):
         settings, sums = self.settings, self.bucket.sums
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        torch.manual_seed(step_seed(settings.seed, self.global_step, settings.rank))
+        self._seed(step_seed(settings.seed, self.global_step, settings.rank))
         self.bucket.flat.zero_()
         for micro in batch:
             loss = self._loss(micro)
@@ -141,6 +141,12 @@ class LearningModule(pl.LightningModule):
         # The first step too: something to see at once, and a loss that a checkpoint may monitor.
         if self.global_step % settings.log_every_n_steps == 0 or not self.reported:
             self._report(sums[LOSS] / sums[WEIGHT], norm, rate)
+
+    def _seed(self, seed: int) -> None:
+        # `torch.manual_seed` asks every back end; without a GPU that costs more than a small step.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _loss(self, micro: Batch) -> Tensor:
         with self._precision():
