@@ -1,49 +1,81 @@
-# `make quickstart` and `make test` need python3 (3.11 to 3.13) with venv, and make; nothing else.
+# A checkout needs python3 (3.11 to 3.13) with venv, and make. `make quickstart` shows the whole
+# way through; `make test` runs the tests. Both install what they need into .venv first.
 
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-CODE := main.py launcher_scripts src tests benchmarks
-export PYTHONPATH := src
+VENV ?= .venv
+# The environment's programs come first, for the jobs that a command starts too.
+IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test test-long lint types format clean
+.PHONY: help quickstart venv dev test test-long lint format types lock clean
+.DELETE_ON_ERROR:
 
 help:
-	@echo "make quickstart  install, train a tiny GPT and two adapters on it, show the table"
-	@echo "make test        all tests but the long ones"
-	@echo "make test-long   the long ones"
-	@echo "make lint types  ruff and pyright"
-	@echo "make format      let ruff rewrite"
-	@echo "make clean       remove the environment and what runs left in results/"
+	@echo "make quickstart  train and compare two adapters on this machine: about 2 minutes"
+	@echo "make test        the tests"
+	@echo "make test-long   the tests that take minutes each"
+	@echo "make lint types  what the tests do not see; make format mends the layout"
+	@echo "make venv        only .venv with the pinned requirements; make dev adds the tools"
+	@echo "make lock        pin the newest versions that pyproject.toml allows (torch stays)"
+	@echo "make clean       remove .venv and caches; results stay"
 
-quickstart: $(VENV)/.runtime
-	$(BIN)/python main.py experiment=quickstart
+# ARGS="key=value ..." are further overrides.
+quickstart: venv
+	$(IN_VENV) python3 main.py experiment=quickstart $(ARGS)
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not long"
+# ARGS="tests/graftwerk/generation -k eos" narrows it.
+test: dev
+	$(IN_VENV) python3 -m pytest -m "not long" $(ARGS)
 
-test-long: $(VENV)/.dev
-	$(BIN)/python -m pytest -m long
+test-long: dev
+	$(IN_VENV) python3 -m pytest -m long $(ARGS)
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/ruff check $(CODE)
+lint: dev
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) ruff check .
 
-types: $(VENV)/.dev
-	$(BIN)/pyright --pythonpath $(BIN)/python
+format: dev
+	$(IN_VENV) ruff format .
+	$(IN_VENV) ruff check --fix .
 
-format: $(VENV)/.dev
-	$(BIN)/ruff format $(CODE)
-	$(BIN)/ruff check --fix $(CODE)
+types: dev
+	$(IN_VENV) pyright
+
+venv: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	{ echo "$$($(PYTHON) --version) is not 3.11 to 3.13: say make PYTHON=python3.12, or the like" >&2; \
+	exit 2; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) --requirement requirements.lock
+# A path file costs no time at each start of python, unlike an editable install of two roots.
+	echo "$(CURDIR)/src" > "$$($(VENV)/bin/python -c \
+	'import sysconfig; print(sysconfig.get_path("purelib"))')/graftwerk.pth"
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(PIP) --requirement requirements-dev.lock
+	touch $@
+
+# torch brings its own packages for GPUs where it needs them: they are not pinned, so that one lock
+# serves machines with and without.
+FREEZE = build/lock/bin/python -m pip freeze --all | sed 's/+[a-z0-9.]*$$//' | \
+	grep --invert-match --extended-regexp '^(pip|graftwerk|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)( |=)'
+
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" .
+	(echo '# Every version that a run needs; `make lock` writes it.'; $(FREEZE)) > build/requirements.lock
+	build/lock/bin/python -m pip install --quiet --constraint build/requirements.lock '.[dev]'
+	(echo '# What tests, lint and type checks need besides; `make lock` writes it.'; \
+	echo '--requirement requirements.lock'; \
+	$(FREEZE) | grep --invert-match --line-regexp --fixed-strings --file build/requirements.lock) \
+	> build/requirements-dev.lock
+	mv build/requirements.lock build/requirements-dev.lock .
 
 clean:
-	rm -rf $(VENV) results
-
-$(VENV)/.runtime: requirements.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	touch $@
-
-$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
-	touch $@
+	rm -rf $(VENV) build dist graftwerk.egg-info .pytest_cache .ruff_cache .hypothesis
+	find main.py src launcher_scripts tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
