@@ -11,10 +11,11 @@ import json
 import math
 import time
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # raised when the same configuration and source give other files
 FILES = (*SPLITS, "test_ground_truth")
+ROWS_AT_ONCE = 512
 
 
 @dataclass(slots=True)
@@ -201,6 +203,11 @@ def file_identity(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
+# ASCII: no reader can take a U+2028 inside a text for the end of a line. Remembered, since several
+# questions in a row share a context.
+_quoted = lru_cache(maxsize=32)(json.encoder.encode_basestring_ascii)
+
+
 class _Writer:
     """One of the files: its rows, its checksum, and the lengths of its fields."""
 
@@ -212,62 +219,69 @@ class _Writer:
         tokenizer: "PreTrainedTokenizerBase | None",
     ) -> None:
         self.rows = self.bytes = 0
-        self._file, self._taskname, self._name = file, taskname, name
+        self._file, self._name = file, name
+        self._head = f'{{"taskname": {_quoted(taskname)}'
         self._sha = hashlib.sha256()
         self._tokenizer = tokenizer
-        self._characters: dict[str, array[int]] = {}
-        self._tokens: dict[str, array[int]] = {}
+        self._characters: dict[str, array[int]] = defaultdict(lambda: array("I"))
+        self._tokens: dict[str, array[int]] = defaultdict(lambda: array("I"))
+        self._lines: list[str] = []
         self._waiting: list[dict[str, str]] = []
 
     def write(self, question: Question) -> None:
-        row: dict[str, Any] = {"taskname": self._taskname, **question.fields}
+        texts = [f'"{name}": {_quoted(text)}' for name, text in question.fields.items()]
         if self._name == "test_ground_truth":
-            row |= {"answer": question.answers, "id": question.id}
-        elif self._name == "test":
-            row["id"] = question.id
-        else:
-            row["answer"] = question.answers[0]
-        # ASCII: no reader can take a U+2028 inside a text for the end of a line.
-        line = (json.dumps(row) + "\n").encode("ascii")
-        self._file.write(line)
-        self._sha.update(line)
-        self.bytes += len(line)
+            texts.append(f'"answer": [{", ".join(map(_quoted, question.answers))}]')
+        elif self._name != "test":
+            texts.append(f'"answer": {_quoted(question.answers[0])}')
+        if self._name.startswith("test"):
+            texts.append(f'"id": {_quoted(question.id)}')
+        self._lines.append(f"{self._head}, {', '.join(texts)}}}\n")
         self.rows += 1
+        if len(self._lines) == ROWS_AT_ONCE:
+            self._flush()
         if self._name != "test_ground_truth":
-            self._measure({**question.fields, "answer": question.answers[0]})
+            self._measure(question)
 
-    def _measure(self, texts: dict[str, str]) -> None:
-        for name, text in texts.items():
-            self._characters.setdefault(name, array("I")).append(len(text))
-        self._characters.setdefault("row", array("I")).append(sum(map(len, texts.values())))
+    def _flush(self) -> None:
+        chunk = "".join(self._lines).encode("ascii")
+        self._file.write(chunk)
+        self._sha.update(chunk)
+        self.bytes += len(chunk)
+        self._lines.clear()
+
+    def _measure(self, question: Question) -> None:
+        lengths = self._characters
+        for name, text in question.fields.items():
+            lengths[name].append(len(text))
+        lengths["answer"].append(len(question.answers[0]))
         if self._tokenizer is not None:
-            self._waiting.append(texts)
-            if len(self._waiting) == 512:
+            self._waiting.append({**question.fields, "answer": question.answers[0]})
+            if len(self._waiting) == ROWS_AT_ONCE:
                 self._tokenize()
 
     def _tokenize(self) -> None:
         assert self._tokenizer is not None
-        totals = [0] * len(self._waiting)
         for name in self._waiting[0] if self._waiting else ():
             texts = [row[name] for row in self._waiting]
             encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-            lengths = [len(tokens) for tokens in encoded]
-            self._tokens.setdefault(name, array("I")).extend(lengths)
-            totals = [total + length for total, length in zip(totals, lengths, strict=True)]
-        self._tokens.setdefault("row", array("I")).extend(totals)
+            self._tokens[name].extend(len(tokens) for tokens in encoded)
         self._waiting.clear()
 
     def finish(self) -> None:
+        """Write what waits; `bytes`, `sha256` and `lengths` are whole after it."""
+        self._flush()
         if self._tokenizer is not None:
             self._tokenize()
         self.sha256 = self._sha.hexdigest()
 
     def lengths(self) -> dict[str, dict[str, dict[str, int]]]:
-        """{field or "row": {"characters" or "tokens": {median, p95, max}}}."""
-        result = {name: {"characters": _summary(v)} for name, v in self._characters.items()}
-        for name, values in self._tokens.items():
-            if values:
-                result[name]["tokens"] = _summary(values)
+        """{field or "row": {"characters" or "tokens": {median, p95, max}}}; a row is its fields."""
+        result: dict[str, dict[str, dict[str, int]]] = {}
+        for unit, columns in (("characters", self._characters), ("tokens", self._tokens)):
+            rows = array("I", map(sum, zip(*columns.values(), strict=True)))
+            for name, values in [*columns.items(), ("row", rows)] if columns else ():
+                result.setdefault(name, {})[unit] = _summary(values)
         return result
 
 
