@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -193,9 +194,9 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], object]]:
 
 def show(results: list[dict[str, Any]], total: int, questions: Questions) -> None:
     """One row for the base and each adapter."""
-    table = Table(title=f"{total} questions", title_justify="left")
-    table.add_column("")
-    for column in ("exact match", "F1", "trainable", "share", "training", "file", "answering"):
+    table = Table(title=f"{total} questions", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("exact match", "F1", "trained", "share", "training", "file", "answers"):
         table.add_column(column, justify="right")
     for result in results:
         trainable, size = result.get("trainable_parameters"), result.get("file_bytes")
@@ -205,7 +206,7 @@ def show(results: list[dict[str, Any]], total: int, questions: Questions) -> Non
             f"{result['exact_match']:.2f}",
             f"{result['f1']:.2f}",
             "-" if trainable is None else f"{trainable:,}",
-            "-" if share is None else f"{share:.3%}",
+            "-" if share is None else f"{share:.2%}",
             _duration(result.get("seconds")),
             "-" if size is None else f"{size / 1024:,.0f} kB",
             _duration(result["answer_seconds"]),

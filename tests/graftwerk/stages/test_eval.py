@@ -89,7 +89,7 @@ def test_base_and_adapter_are_scored_side_by_side(cfg: DictConfig, capsys):
         assert (result["exact_match"], result["f1"]) == (scores.exact_match, scores.f1)
     table = capsys.readouterr().out
     assert "mine" in table
-    assert "1.000%" in table
+    assert "1.00%" in table
 
 
 def test_key_tokens_to_generate_bounds_the_answers(cfg: DictConfig):
