@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from launcher_scripts.complete import (
     absolute,
@@ -17,7 +18,13 @@ from launcher_scripts.complete import (
     short,
 )
 from launcher_scripts.compose import Composition
-from launcher_scripts.notices import ABSENT_CLUSTERS, Mistakes, without_effect
+from launcher_scripts.notices import (
+    ABSENT_CLUSTERS,
+    RENAMED_STAGES,
+    Mistakes,
+    one_line,
+    without_effect,
+)
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
 from launcher_scripts.stages import STAGES, fill_auto
@@ -32,7 +39,12 @@ def finish(composition: Composition) -> list[str]:
     Raises:
         Mistakes: every mistake, one line each.
     """
-    return _Check(composition).run()
+    try:
+        return _Check(composition).run()
+    except OmegaConfBaseException as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise Mistakes([*composition.problems, one_line(error)]) from None
 
 
 class _Check:
@@ -117,7 +129,10 @@ class _Check:
         part = self.cfg.get(name)
         if isinstance(part, DictConfig) and len(part):
             return True
-        if name in self.stages:
+        said = any(
+            line.startswith(f"{other}: ") for line in self.problems for other in _others(name)
+        )
+        if name in self.stages and not said:
             what = "null" if part is None else shown(part)
             self.report(
                 name,
@@ -138,9 +153,9 @@ class _Check:
         given = set(keys_of(part)) if given is None else given
         fill(part, schema)
         if "exp_manager" in part and isinstance(part.exp_manager, DictConfig):
-            manager = part.exp_manager
-            if manager.get("explicit_log_dir") is None and not manager.get("exp_dir"):
-                manager.explicit_log_dir = "${..run.results_dir}/results"
+            raw: Any = OmegaConf.to_container(part.exp_manager)
+            if not raw.get("explicit_log_dir") and not raw.get("exp_dir"):
+                part.exp_manager.explicit_log_dir = "${..run.results_dir}/results"
         plain = resolved(self.cfg, name, name, report)
         before = len(self.problems)
         check(plain, schema, name, report)
@@ -311,13 +326,9 @@ class _Check:
     def _read_keys(self, name: str) -> list[tuple[str, str]]:
         """(key, path) of everything that `STAGES[name].reads` counts as a path."""
         part = self.cfg[name]
-        reads = dict.fromkeys(STAGES[name].reads(part))
-        resume = OmegaConf.select(part, "trainer.resume_from_checkpoint")
-        truth = OmegaConf.select(part, "model.data.ground_truth_ds") or []
-        paths = list(dict.fromkeys([*reads, *truth, *([resume] if resume else [])]))
-        leaves = {
-            value: key for key, value in _text_leaves(OmegaConf.to_container(part, resolve=True))
-        }
+        paths = dict.fromkeys(STAGES[name].reads(part))
+        plain = OmegaConf.to_container(part, resolve=True)
+        leaves = {value: key for key, value in _text_leaves(plain)}
         return [(leaves.get(str(path), ""), str(path)) for path in paths]
 
     def _other_place(self, name: str, written: Sequence[str]) -> None:
@@ -349,6 +360,11 @@ def _size(values: dict[str, Any], key: str) -> int | None:
     """A size where it is one; what is none is reported elsewhere."""
     size = values.get(key)
     return size if isinstance(size, int) and size > 0 else None
+
+
+def _others(stage: str) -> list[str]:
+    """The published launcher's names of a stage."""
+    return [other for other, ours in RENAMED_STAGES.items() if ours == stage]
 
 
 def _silent(key: str, what: str) -> None:

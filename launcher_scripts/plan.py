@@ -55,7 +55,8 @@ class Plan:
         self.needed = set(self.stages)
         learners = {stage.name for stage in STAGES.values() if stage.learns}
         if not learners & self.needed and "eval" in self.needed:
-            self.needed |= learners  # what its `auto` values are taken from
+            # What its `auto` values are taken from, where there is such a file.
+            self.needed |= {name for name in learners if self._exists(name)}
         if {"eval", *learners} & self.needed:
             self.needed.add("data_prep")  # may have to be put in front
 
@@ -103,17 +104,14 @@ class Plan:
 
     def _check_choice(self, override: Override, report: Report) -> bool:
         group, option = override.key_or_group, override.value()
+        base, _, folder = group.partition("/")
         hint = stage_hint(group, STAGES)
         if hint is not None and not self.whole:
             report(f"{group}={option}", f"{group} is no group; {hint}")
+        elif base in GROUPS and folder:
+            report(f"{group}={option}", f"no such group; did you mean {base}={folder}/{option}?")
         elif not self.repo.group_exists(group):
-            base, _, folder = group.partition("/")
-            if folder and base in GROUPS and isinstance(option, str):
-                report(
-                    f"{group}={option}", f"no such group; did you mean {base}={folder}/{option}?"
-                )
-            else:
-                report(f"{group}={option}", f"no such group{nearest(base, GROUPS)}")
+            report(f"{group}={option}", f"no such group{nearest(base, GROUPS)}")
         elif isinstance(option, str) and not self.repo.config_exists(f"{group}/{option}"):
             known = options_of(self.repo, group)
             near = nearest(option, known)
@@ -185,6 +183,9 @@ class Plan:
                 return self._own_groups(cfg)
             self.needed |= referred
 
+    def _exists(self, group: str) -> bool:
+        return self.repo.config_exists(f"{group}/{self._chosen(group)}")
+
     def _chosen(self, group: str) -> Any:
         typed = [o.value() for o in self.choices if o.key_or_group == group]
         return typed[-1] if typed else self.defaults.get(group)
@@ -231,9 +232,7 @@ class Plan:
                 groups.add(override.key_or_group)
         idle = {name for name in self.defaults if name in STAGES and name not in self.needed}
         if self.whole:  # leave out only what there is no file for
-            idle = {
-                name for name in idle if not self.repo.config_exists(f"{name}/{self._chosen(name)}")
-            }
+            idle = {name for name in idle if not self._exists(name)}
         groups |= idle
         return frozenset(groups)
 
@@ -268,7 +267,13 @@ class Plan:
             return None
         # Its evaluation has one file for each method (adapter_gpt3/squad), ours one for all.
         ours = re.sub(r"^(adapter|ia3|prompt)_", "", option)
-        return ours if self.repo.config_exists(f"{stage}/{ours}") else None
+        if self.repo.config_exists(f"{stage}/{ours}"):
+            return ours
+        line = f"{other}: {option} (in {self.composer.name}.yaml) is not here; choose one with "
+        line += f"{stage}={'|'.join(options_of(self.repo, stage))}"
+        if stage in self.stages and line not in self.problems:
+            self.problems.append(line)
+        return None
 
     def _cluster(self) -> str | None:
         """The cluster's file where it is not chosen by hand: that of `cluster_type`."""

@@ -136,7 +136,7 @@ class CheckpointCallback:
 class ExpManager:
     """Logs, checkpoints and resuming of a training run."""
 
-    explicit_log_dir: Path | None = "${..run.results_dir}/results"
+    explicit_log_dir: Path | None = None  # with exp_dir null too: run.results_dir/results
     exp_dir: Path | None = None
     name: str = "graftwerk"
     create_tensorboard_logger: bool = True

@@ -213,6 +213,9 @@ def _hint(value: Any, options: tuple[Any, ...]) -> str:
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like `name`; of equally like ones, one of the same letters."""
     known = list(known)
+    longer = [other for other in known if len(name) > 2 and other.startswith(name)]
+    if len(longer) == 1:
+        return longer[0]
     near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     letters = [match for match in near if sorted(match) == sorted(name)]
     return letters[0] if letters else near[0] if near else None
