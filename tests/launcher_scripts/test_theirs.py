@@ -1,4 +1,4 @@
-"""Files written for the published launcher, in the spelling of 23.03 and of 23.11, run unchanged."""
+"""Files of the published launcher, in the spelling of 23.03 and of 23.11, run here unchanged."""
 
 import json
 from pathlib import Path
