@@ -83,7 +83,8 @@ def _gpt2_tensors(config: TransformerConfig) -> Table:
         return weight.t()
 
     def qkv(fused: Tensor) -> Tensor:
-        return fuse_qkv(*(fused.t() if fused.ndim > 1 else fused).chunk(3), config.kv_channels)
+        query, key, value = (fused.t() if fused.ndim > 1 else fused).chunk(3)
+        return fuse_qkv(query, key, value, config.kv_channels)
 
     table = {
         "embedding.word_embeddings.weight": Source(("wte.weight",)),

@@ -57,7 +57,7 @@ def _encoder_of(row: Row, encoders: Mapping[str, Encoder], where: str) -> Encode
     name = row.get("taskname")
     if name is None and len(encoders) == 1:
         return next(iter(encoders.values()))
-    if name not in encoders:
+    if not isinstance(name, str) or name not in encoders:
         raise UserError(
             f"{where}: taskname {name!r} has no entry in model.task_templates; "
             f"these have one: {', '.join(encoders)}"
