@@ -195,9 +195,10 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], object]]:
 def show(results: list[dict[str, Any]], total: int, questions: Questions) -> None:
     """One row for the base and each adapter."""
     table = Table(title=f"{total} questions", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.collapse_padding = True  # eight columns in the 80 characters of a log
     table.add_column("", no_wrap=True)
-    for column in ("exact match", "F1", "trained", "share", "training", "file", "answers"):
-        table.add_column(column, justify="right")
+    for column in ("exact\nmatch", "F1", "trained", "share", "training", "file", "answers"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         trainable, size = result.get("trainable_parameters"), result.get("file_bytes")
         share = trainable / result["total_parameters"] if trainable else None

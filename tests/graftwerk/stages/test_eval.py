@@ -92,6 +92,25 @@ def test_base_and_adapter_are_scored_side_by_side(cfg: DictConfig, capsys):
     assert "1.00%" in table
 
 
+def test_the_table_is_whole_in_the_width_of_a_log(cfg: DictConfig, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    cfg.model.adapters[0].name = "adapter_learning"
+    summary = {
+        "trainable_parameters": 1_234_567,
+        "total_parameters": 135_749_632,
+        "seconds": 1234.5,
+    }
+    folder = Path(cfg.model.adapters[0].path).parent
+    (folder / "summary.json").write_text(json.dumps(summary | {"file_bytes": 5_000_000}))
+    run(cfg)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for word in ("exact", "trained", "share", "training", "file", "answers"):
+        assert word in out
+    assert "1,234,567 0.91% 1,234.5 s 4,883 kB" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_key_tokens_to_generate_bounds_the_answers(cfg: DictConfig):
     cfg.model.inference.tokens_to_generate = 1
     run(cfg)
