@@ -20,6 +20,7 @@ from launcher_scripts.complete import (
 from launcher_scripts.compose import Composition
 from launcher_scripts.notices import (
     ABSENT_CLUSTERS,
+    ABSENT_KEYS,
     RENAMED_STAGES,
     Mistakes,
     one_line,
@@ -85,9 +86,7 @@ class _Check:
         if os.environ.get("NEMO_LAUNCHER_DEBUG") == "1":
             cfg.dry_run = True
         cfg.stages = self.stages
-        self.inert += [
-            ("", key) for key in ("debug", "numa_mapping") if cfg.pop(key, None) is not None
-        ]
+        self.inert += [("", key) for key in ABSENT_KEYS if cfg.pop(key, None) is not None]
         fill(cfg, Root)
         known = {*fields_of(Root), *STAGES, "cluster"}
         plain: dict[str, Any] = {}

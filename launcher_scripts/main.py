@@ -102,6 +102,9 @@ def _prepare(composer: "Composer", point: list[str]) -> tuple[Any, list[str]]:
 
 def _folders(runs: list[Any]) -> list[list[str]]:
     """Words that give the runs of a sweep folders and names of their own, where they share them."""
+    from launcher_scripts.complete import plain_text
+    from launcher_scripts.overrides import quoted
+
     words: list[list[str]] = [[] for _ in runs]
     for stage in dict.fromkeys(str(stage) for cfg in runs for stage in cfg.stages):
         places = {str(cfg[stage].run.results_dir) for cfg in runs if stage in cfg.stages}
@@ -111,17 +114,10 @@ def _folders(runs: list[Any]) -> list[list[str]]:
             if stage in cfg.stages:
                 run = cfg[stage].run
                 words[number] += [
-                    f"{stage}.run.results_dir={_quoted(f'{run.results_dir}/{number}')}",
-                    f"{stage}.run.name={_quoted(f'{run.name}_{number}')}",
+                    f"{stage}.run.results_dir={quoted(plain_text(f'{run.results_dir}/{number}'))}",
+                    f"{stage}.run.name={quoted(f'{run.name}_{number}')}",
                 ]
     return words if any(words) else []
-
-
-def _quoted(text: str) -> str:
-    """Text as a value of Hydra's grammar."""
-    from launcher_scripts.complete import plain_text
-
-    return "'" + plain_text(text).replace("'", "\\'") + "'"
 
 
 def _launch(prepared: list[tuple[Any, list[str]]]) -> int:

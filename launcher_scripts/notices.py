@@ -25,6 +25,8 @@ ABSENT_STAGES = (
     "steerlm_reg",
 )
 ABSENT_CLUSTERS = ("k8s",)
+# Keys beside the stages that the published launcher has and that change nothing here.
+ABSENT_KEYS = ("debug", "numa_mapping")
 # Keys of other tools: what a person who types them is after.
 FOREIGN_KEYS = {
     "r": "the width of an adapter is model.adapter_tuning.adapter_dim",

@@ -4,7 +4,9 @@ Hydra stops at its first bad word. Here every word is looked at before anything 
 one run names all mistakes.
 """
 
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,6 +14,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from launcher_scripts.notices import (
+    ABSENT_KEYS,
     ABSENT_STAGES,
     FOREIGN_KEYS,
     RENAMED_STAGES,
@@ -31,13 +34,21 @@ from launcher_scripts.validate import (
 
 
 def read(words: Iterable[str], known: Sequence[str], report: Report) -> list[Override]:
-    """Parse each word by Hydra's grammar; report those that are none."""
+    """Parse each word by Hydra's grammar; report those that are none.
+
+    A value that the grammar cannot read, such as a path with parentheses, is taken as text.
+    """
     parser = OverridesParser.create()
     overrides = []
     for word in words:
         try:
             overrides.append(parser.parse_override(word))
         except HydraException as error:
+            key, _, value = word.partition("=")
+            if value and value[0] not in "[{'\"":
+                with suppress(HydraException):
+                    overrides.append(parser.parse_override(f"{key}={quoted(value)}"))
+                    continue
             if "=" not in word:
                 hint = f"; did you mean stages={word}?" if word in known else ""
                 report(word, f"is no key=value{hint}")
@@ -45,6 +56,11 @@ def read(words: Iterable[str], known: Sequence[str], report: Report) -> list[Ove
                 reason = one_line(error).split(" See https")[0]
                 report(word, f"cannot be read: {reason}; put special characters in quotes")
     return overrides
+
+
+def quoted(text: str) -> str:
+    """Text as a value of Hydra's grammar, where a quote and the backslashes before it escape."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def check_sweep(override: Override, report: Report) -> bool:
@@ -64,7 +80,7 @@ def check_key(override: Override, stages: Sequence[str], report: Report) -> bool
     """Report a key that no schema has."""
     key = override.key_or_group
     head, *rest = key.split(".")
-    if override.is_hydra_override() or head.endswith("_config"):
+    if override.is_hydra_override() or head.endswith("_config") or head in ABSENT_KEYS:
         return True
     if head in STAGE_SCHEMAS:
         schemas = list(PREP_KINDS.values()) if head == "data_prep" else [STAGE_SCHEMAS[head]]

@@ -170,8 +170,8 @@ class Split:
     """Paragraphs (squad) or rows (custom): counts, or shares of the whole."""
 
     train: Count | Share
-    val: Count | Share
-    test: Count | Share
+    val: Count | Share = 0
+    test: Count | Share = 0
 
 
 @keys
@@ -325,7 +325,10 @@ class AdapterTuning:
     adapter_dim: Positive = 32
     adapter_dropout: Annotated[float, Range(0, below=1)] = 0.0
     norm_position: Literal["pre", "post"] = "pre"
-    norm_type: Literal["mixedfusedlayernorm", "layernorm"] = "mixedfusedlayernorm"
+    # Two names of one norm.
+    norm_type: Literal["mixedfusedlayernorm", "layernorm"] = field(
+        default="mixedfusedlayernorm", metadata=INERT
+    )
     column_init_method: InitMethod = "xavier"
     row_init_method: InitMethod = "zero"
 
@@ -420,7 +423,7 @@ class EvalData:
 
 @keys
 class Inference:
-    greedy: Literal[True] = True
+    greedy: Literal[True] = field(default=True, metadata=INERT)
     tokens_to_generate: Positive = 32
     end_strings: list[str] = field(default_factory=list)
 
@@ -430,7 +433,7 @@ class EvalModel:
     """Which model answers which rows, and how."""
 
     data: EvalData
-    seed: Count = 1234
+    seed: Count = field(default=1234, metadata=INERT)  # greedy answers need none
     language_model_path: Path | Literal["auto"] = "auto"
     adapters: list[EvaluatedAdapter] | Literal["auto"] = "auto"
     evaluate_base: bool = True

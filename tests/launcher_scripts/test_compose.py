@@ -247,6 +247,25 @@ def test_a_custom_source_is_a_path_where_there_is_one(command, tmp_path):
     assert answer.config("data_prep")["source"] == "org/name"
 
 
+@pytest.mark.parametrize(
+    "value", ["a b$(touch x)", "it's", "a\\'b", "end\\", 'say "x"', "(1)", "a=b", "`x`;y & z"]
+)
+def test_text_that_hydra_cannot_read_arrives_as_typed(command, value):
+    answer = command("stages=training", f"env_vars.FOO={value}")
+    assert answer.code == 0, answer.lines
+    exports = [line for line in answer.script("training").splitlines() if "FOO=" in line]
+    said = subprocess.run(
+        ["bash", "-c", f'{exports[0]}\nprintf %s "$FOO"'], capture_output=True, text=True
+    )
+    assert said.stdout == value
+
+
+def test_folders_with_spaces_and_quotes_are_taken_as_typed(command, tmp_path):
+    answer = command("stages=training", f"base_results_dir={tmp_path}/o/it's (a) b")
+    assert answer.code == 0, answer.lines
+    assert answer.config("training")["run"]["results_dir"].endswith("/it's (a) b/gpt3_126m")
+
+
 def test_a_number_typed_as_time_limit_is_minutes(command):
     answer = command("stages=data_prep", "data_prep.run.time_limit=30")
     assert answer.config("data_prep")["run"]["time_limit"] == "30"
