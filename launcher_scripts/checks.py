@@ -50,6 +50,7 @@ def finish(composition: Composition) -> list[str]:
 
 class _Check:
     def __init__(self, composition: Composition) -> None:
+        self.composition = composition
         self.cfg = composition.cfg
         self.stages = composition.stages
         self.notices = list(composition.notices)
@@ -65,6 +66,7 @@ class _Check:
         plain_root = self._root()
         self._prep_in_front()
         self.cfg.stages = self.stages
+        self._idle_words()
         present = [name for name in STAGES if self._present(name)]
         plain = {name: self._stage(name) for name in present if name != "eval"}
         if "eval" in present:
@@ -121,6 +123,13 @@ class _Check:
         cluster: Any = self.cfg.cluster
         fill(cluster, schema)
         check(resolved(self.cfg, "cluster", "cluster", self.report), schema, "cluster", self.report)
+
+    def _idle_words(self) -> None:
+        idle = list(self.composition.idle)
+        if "data_prep" not in self.stages:
+            idle += [word for word in self.composition.for_data_prep if word not in idle]
+        if idle:
+            self.notices.append(f"without effect, since their stages do not run: {' '.join(idle)}")
 
     # -- stages
 

@@ -67,6 +67,8 @@ class Composition:
     stages: list[str]
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)  # words for stages that do not run
+    for_data_prep: list[str] = field(default_factory=list)  # idle unless it is put in front
 
 
 class Composer:
@@ -104,21 +106,20 @@ class Composer:
 
     def points(self, typed: Sequence[str], multirun: bool) -> list[list[str]]:
         """The words of each run: one run, or one for each point of a sweep."""
-        problems: list[str] = []
-        parsed = words.read(typed, tuple(STAGES), collector(problems))
-        if multirun:
-            for override in parsed:
-                if override.is_sweep_override() and override.is_interval_sweep():
-                    problems.append(f"{override.input_line}: an interval has no points to run")
-                if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
-                    problems.append(
-                        f"{override.input_line}: stages are submitted by cluster_type, and swept "
-                        "one after the other"
-                    )
-        if problems:
-            raise Mistakes(problems)
         if not multirun:
             return [list(typed)]
+        problems: list[str] = []
+        parsed = words.read(typed, tuple(STAGES), collector(problems))
+        for override in parsed:
+            if override.is_sweep_override() and override.is_interval_sweep():
+                problems.append(f"{override.input_line}: an interval has no points to run")
+            if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
+                problems.append(
+                    f"{override.input_line}: stages are submitted by cluster_type, and swept "
+                    "one after the other"
+                )
+        if problems:
+            raise Mistakes(problems)
         choices = [
             [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
             if o.is_sweep_override()
@@ -141,7 +142,9 @@ class Composer:
             cfg = plan.compose()
         except Mistakes as mistakes:
             raise Mistakes([*plan.problems, *mistakes.lines]) from None
-        return Composition(cfg, plan.stages, plan.notices, plan.problems)
+        return Composition(
+            cfg, plan.stages, plan.notices, plan.problems, plan.idle(), plan.for_data_prep
+        )
 
     def hydra_words(self, typed: Sequence[str]) -> list[str]:
         """The words with which Hydra itself composes everything, for `--cfg` and its kin."""

@@ -39,6 +39,7 @@ class Plan:
         self.composer = composer
         self.whole = whole
         self.notices: list[str] = []
+        self.for_data_prep: list[str] = []  # words that count only if it is put in front
         self.problems: list[str] = []
         report = collector(self.problems)
         parsed = words.read(typed, tuple(STAGES), report)
@@ -94,12 +95,7 @@ class Plan:
         return (
             "." not in key
             and (override.value() is None or isinstance(override.value(), str | list))
-            and (
-                "/" in key
-                or key in GROUPS
-                or key in self.defaults
-                or (self.repo.group_exists(key) and key not in ("stages",))
-            )
+            and ("/" in key or key in {*GROUPS, *self.defaults} or self.repo.group_exists(key))
         )
 
     def _check_choice(self, override: Override, report: Report) -> bool:
@@ -179,9 +175,14 @@ class Plan:
             OmegaConf.set_struct(cfg, False)
             del cfg["hydra"]
             referred = self._referred(cfg)
+            self.for_data_prep = [] if "data_prep" in referred else self._typed("data_prep")
             if referred <= self.needed or self.whole:
                 return self._own_groups(cfg)
             self.needed |= referred
+
+    def _typed(self, stage: str) -> list[str]:
+        """The words that set a stage's values."""
+        return [str(o.input_line) for o in self.values if o.key_or_group.split(".")[0] == stage]
 
     def _exists(self, group: str) -> bool:
         return self.repo.config_exists(f"{group}/{self._chosen(group)}")
@@ -208,21 +209,17 @@ class Plan:
     def words(self) -> list[str]:
         """Every word for Hydra: choices of groups, then values."""
         chosen = self._group_words()
-        values = []
-        idle = []
-        for override in self.values:
-            head = override.key_or_group.split(".")[0]
-            if override.is_hydra_override():
-                values.append(str(override.input_line))
-            elif head in STAGES and head not in self.needed and not self.whole:
-                idle.append(str(override.input_line))
-            else:
-                values.append(words.forced(override))
-        if idle:
-            line = f"without effect, since their stages do not run: {' '.join(idle)}"
-            if line not in self.notices:
-                self.notices.append(line)
+        idle = set() if self.whole else {name for name in STAGES if name not in self.needed}
+        values = [
+            str(o.input_line) if o.is_hydra_override() else words.forced(o)
+            for o in self.values
+            if o.key_or_group.split(".")[0] not in idle
+        ]
         return [*chosen, *values]
+
+    def idle(self) -> list[str]:
+        """The words that set values of stages that are not composed."""
+        return [word for name in STAGES if name not in self.needed for word in self._typed(name)]
 
     def unset(self) -> frozenset[str]:
         """Groups of the primary file that are not composed."""

@@ -209,6 +209,14 @@ def test_values_of_idle_stages_are_named(command):
     assert f"note: {note}" in answer.lines
 
 
+def test_values_of_data_prep_are_named_where_it_is_not_put_in_front(command):
+    words = ["stages=training", "training.model.data.validation_ds=[]", "data_prep.seed=2"]
+    assert not any("without effect, since" in line for line in command(*words).lines)
+    answer = command(*words, "training.model.data.train_ds=[/nowhere/a.jsonl]")
+    note = "without effect, since their stages do not run: data_prep.seed=2"
+    assert f"note: {note}" in answer.lines
+
+
 def test_the_choice_of_an_idle_group_can_be_referred_to(command):
     answer = command("stages=data_prep", "data_prep.run.name=${hydra:runtime.choices.cluster}")
     assert answer.config("data_prep")["run"]["name"] == "bcm"
