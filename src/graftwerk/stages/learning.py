@@ -23,13 +23,14 @@ from graftwerk.checkpoints.resume import (
     read_checkpoint,
 )
 from graftwerk.data.datamodule import AnswerDataModule
+from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
 from graftwerk.training.callbacks import Interrupted
 from graftwerk.training.learner import Learner, build_learner, tokenizer_of
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
-from graftwerk.training.summary import peak_memory, show, write_json
+from graftwerk.training.summary import peak_memory, show
 from graftwerk.training.trainer import (
     CheckpointCallbacks,
     Steps,

@@ -1,11 +1,8 @@
 """What a learning stage tells at its end: `summary.json` and a table."""
 
-import json
-import os
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +17,6 @@ def peak_memory(device: torch.device) -> int:
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Beside first, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def show(summary: dict[str, Any]) -> None:
