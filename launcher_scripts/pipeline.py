@@ -36,7 +36,8 @@ def _launch(cfg: DictConfig, notices: list[str]) -> int:
     if mistakes:
         raise LaunchError("\n".join(mistakes))
     for notice in [*notices, *_unused(cfg)]:
-        print(f"note: {notice}", file=sys.stderr)
+        warns = notice.startswith("warning: ")
+        print(notice if warns else f"note: {notice}", file=sys.stderr)
     write(jobs, cluster)
     print(table(jobs, cluster), flush=True)
     if not cfg.dry_run:
@@ -113,6 +114,12 @@ def table(jobs: list[Job], cluster: Backend) -> str:
 
 
 def _unused(cfg: DictConfig) -> list[str]:
-    if cfg.cluster_type == "bcm" or not cfg.get("container"):
+    """What is set but means nothing on this cluster, in one line."""
+    if cfg.cluster_type == "bcm":
         return []
-    return [f"container: has no effect with cluster_type={cfg.cluster_type}, which starts none"]
+    runs = [cfg[stage].run for stage in cfg.stages]
+    keys = [f"run.{key}" for key in ("dependency", "time_limit") if any(r.get(key) for r in runs)]
+    keys += ["container"] if cfg.get("container") else []
+    if not keys:
+        return []
+    return [f"without effect with cluster_type={cfg.cluster_type}: {', '.join(keys)}"]

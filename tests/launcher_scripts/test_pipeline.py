@@ -54,13 +54,19 @@ def test_all_mistakes_are_said_at_once_and_nothing_is_written(tmp_path, capsys):
 
 
 def test_notices_are_printed_one_a_line(tmp_path, capsys):
-    launch(chain.config(tmp_path, "interactive", STAGE, dry_run=True), ["first", "second"])
-    assert capsys.readouterr().err == "note: first\nnote: second\n"
+    launch(chain.config(tmp_path, "interactive", STAGE, dry_run=True), ["first", "warning: second"])
+    assert capsys.readouterr().err.splitlines() == [
+        "note: first",
+        "warning: second",
+        "note: without effect with cluster_type=interactive: run.dependency, run.time_limit",
+    ]
 
 
 def test_a_container_without_effect_is_named(tmp_path, capsys):
     launch(chain.config(tmp_path, "interactive", STAGE, dry_run=True, container="x.sqsh"), [])
-    assert capsys.readouterr().err.startswith("note: container: ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: without effect with cluster_type=interactive: ")
+    assert line.endswith(", container")
 
 
 def test_a_file_where_results_should_go_is_one_line(tmp_path, capsys):
