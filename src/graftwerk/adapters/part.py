@@ -1,6 +1,7 @@
 """The base of all parts."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,15 +28,16 @@ class Layout:
     partial_grad: bool = False
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """What one adapter does in one slot: `forward(call) -> output`, of the shape of `call.output`.
 
     Weights may be wider than the activations (float32 beside bfloat16): a part computes in the type
     of its input.
     """
 
+    @abstractmethod
     def forward(self, call: SlotCall) -> Tensor:
-        raise NotImplementedError
+        """The slot's new output."""
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """The layout of each parameter that is not simply held whole, in a slot at this site."""

@@ -1,7 +1,6 @@
 """`python3 -m graftwerk generate`: one prompt, one answer."""
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def main(argv: Sequence[str]) -> int:
         if path is not None and not Path(path).exists():
             raise UserError(f"{option} {path}: no such file or folder")
 
-    warnings.filterwarnings("ignore")
     import torch
 
     from graftwerk.checkpoints import load_adapter, load_base, load_tokenizer
