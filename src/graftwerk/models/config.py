@@ -72,7 +72,6 @@ class TransformerConfig:
     bias: bool = True  # on the attention's output projection
     qkv_bias: bool = True
     mlp_bias: bool | None = None  # None: as `bias`
-    norm_bias: bool = True  # of layer norms; RMS norms have none
     qk_layernorm: bool = False  # RMS norm of each query and key head
     normalize_attention_scores: bool = True  # divide scores by sqrt(kv_channels)
     scale_by_layer: bool = False  # ... and by the layer's number from 1

@@ -1,8 +1,8 @@
 """The one transformer layer that builds every model, with its slots.
 
-Shapes: B batch, S new tokens, K tokens seen (S and those in the cache), h hidden_size, d head size,
-G query groups, q query heads a group. Nothing here knows of parallelism: sizes that tensor
-parallelism splits are read off the weights.
+Shapes: B batch, S new tokens, K tokens seen (S and those in the cache), E encoder states,
+h hidden_size, d head size. Nothing here knows of parallelism: sizes that tensor parallelism splits
+are read off the weights.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from graftwerk.adapters.slots import Site, Slot, Split, widen
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
+from graftwerk.models.positions import rotate
 
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "squared_relu": lambda x: F.relu(x).square(),
     "swiglu": F.silu,
     "geglu": F.gelu,
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -32,84 +34,92 @@ class Context:
     """What all layers of one forward pass share.
 
     `mask` [B or 1, 1, S, K] is True where a query sees a key; None: plain causal attention if
-    `causal`, else everything is seen. `rotary` is (cos, sin), each [B or 1, S, 1, d]. `positions`
-    [B or 1, S]. `cache` holds keys and values between passes.
+    `causal`, else everything is seen. `window_mask` is that of layers with a window, None where no
+    text is longer. `scores` [1, heads, S, K] are added before the softmax (relative positions).
+    `positions` [B or 1, S]. `rotary` is (cos, sin), each [B or 1, S, 1, rotary size]. `cache` holds
+    keys and values between passes. `states` [B, E, h] are the encoder's, seen where `states_mask`
+    [B, 1, 1 or S, E] is True.
     """
 
-    mask: Tensor | None
-    causal: bool
     positions: Tensor
-    rotary: tuple[Tensor, Tensor] | None
-    cache: KeyValueCache | None
+    mask: Tensor | None = None
+    causal: bool = False
+    window_mask: Tensor | None = None
+    scores: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    cache: KeyValueCache | None = None
+    states: Tensor | None = None
+    states_mask: Tensor | None = None
 
     def widen(self, n: int) -> None:
         """Makes it fit a batch that is repeated `n` times."""
-        self.mask = widen(self.mask, n)
+        self.mask, self.window_mask = widen(self.mask, n), widen(self.window_mask, n)
+        self.states_mask = widen(self.states_mask, n)
         positions = widen(self.positions, n)
         assert positions is not None
         self.positions = positions
+        if self.states is not None:
+            self.states = self.states.repeat(n, 1, 1)
         if self.rotary is not None and self.rotary[0].shape[0] > 1:
             cos, sin = self.rotary
             self.rotary = torch.cat([cos] * n), torch.cat([sin] * n)
 
+    def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:
+        """What `scaled_dot_product_attention` is given: the mask (or scores), and `is_causal`."""
+        mask, causal = self.mask, self.causal
+        if windowed and self.window_mask is not None:
+            mask, causal = self.window_mask, False
+        if self.scores is not None:
+            assert not causal, "scores come with a mask"
+            return (self.scores if mask is None else _masked(self.scores, mask)), False
+        return mask, causal
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, float("-inf"))
+
+
+class LayerNorm1P(nn.LayerNorm):
+    """Layer norm whose weight is stored less one (NeMo's `layernorm1p`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
 
 def make_norm(config: TransformerConfig) -> nn.Module:
     """The normalization that the config names."""
-    if config.normalization == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
-    return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-
-
-def rotary_angles(positions: Tensor, config: TransformerConfig, dtype: torch.dtype):
-    """(cos, sin) of rotary positions, halves split (Su et al. 2021, arXiv:2104.09864, eq. 34).
-
-    Positions [B or 1, S] give [B or 1, S, 1, d]; computed in float32.
-    """
-    size = config.kv_channels
-    steps = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1.0 / config.rotary_base ** (steps / size)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], -1)[:, :, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns [B, S, heads, d] by the angles of its positions."""
-    cos, sin = rotary
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
-def visibility(end: Tensor, queries: int) -> Tensor:
-    """The mask [B, 1, S, K] in which query i sees key j iff `j <= i < end[j]`; end [B, K].
-
-    The queries are the last of the K tokens.
-    """
-    seen = end.shape[1]
-    index = torch.arange(seen, device=end.device)
-    query = index[seen - queries :, None]
-    return ((index <= query) & (query < end[:, None, :]))[:, None]
+    norms = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm, "layernorm1p": LayerNorm1P}
+    return norms[config.normalization](config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries.
+    """Self-attention with grouped queries; its context says who sees whom.
 
-    `linear_qkv` holds, for each query group, the rows of its q heads, then its key, then its value
-    (Megatron's order): [(heads + 2 groups) d, h].
+    `linear_qkv` holds, for each query group, the rows of its query heads, then its key, then its
+    value (Megatron's order): [(heads + 2 groups) d, h]. `number` is the layer's among all of the
+    model, `layer` that among its stack.
     """
 
-    def __init__(self, config: TransformerConfig, layer: int):
+    def __init__(self, config: TransformerConfig, layer: int, number: int):
         super().__init__()
         self.layer = layer
         self.head_size = config.kv_channels
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.dropout = config.attention_dropout
+        self.scale = attention_scale(config, layer)
+        self.rotary_interleaved = config.rotary_interleaved
+        windows = config.window_layers
+        self.windowed = config.window_size > 0 and (windows is None or layer in windows)
         hidden, query, key = config.hidden_size, config.query_size, config.key_size
         self.linear_qkv = nn.Linear(hidden, query + 2 * key, bias=config.qkv_bias)
         self.linear_proj = nn.Linear(query, hidden, bias=config.bias)
+        self.query_layernorm = self.key_layernorm = None
+        if config.qk_layernorm:
+            self.query_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
+            self.key_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
 
         def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
-            return Slot(Site(name, layer, inputs, outputs, split))
+            return Slot(Site(name, number, inputs, outputs, split))
 
         self.qkv = slot("qkv", hidden, query + 2 * key)
         self.query = slot("query", hidden, query)
@@ -126,17 +136,22 @@ class Attention(nn.Module):
         query = query.unflatten(-1, (-1, self.head_size))
         key = key.unflatten(-1, (-1, self.head_size))
         value = value.unflatten(-1, (-1, self.head_size))
+        if self.query_layernorm is not None and self.key_layernorm is not None:
+            query, key = self.query_layernorm(query), self.key_layernorm(key)
         if context.rotary is not None:
-            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+            query = rotate(query, context.rotary, self.rotary_interleaved)
+            key = rotate(key, context.rotary, self.rotary_interleaved)
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
+        mask, causal = context.seen(self.windowed)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=context.mask,
-            is_causal=context.causal,
+            attn_mask=mask,
+            is_causal=causal,
             dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
             enable_gqa=self.heads_per_group > 1,
         )
         attended = attended.transpose(1, 2).flatten(2)
@@ -154,22 +169,87 @@ class Attention(nn.Module):
         )
 
 
+class CrossAttention(nn.Module):
+    """Attention of a decoder to encoder states.
+
+    `linear_q` [heads d, h]; `linear_kv` holds each group's key, then its value: [2 groups d, h].
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int, number: int):
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.kv_channels
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        self.dropout = config.attention_dropout
+        self.scale = attention_scale(config, layer)
+        hidden, query, key = config.hidden_size, config.query_size, config.key_size
+        self.linear_q = nn.Linear(hidden, query, bias=config.qkv_bias)
+        self.linear_kv = nn.Linear(hidden, 2 * key, bias=config.qkv_bias)
+        self.linear_proj = nn.Linear(query, hidden, bias=config.bias)
+
+        def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
+            return Slot(Site(name, number, inputs, outputs, split))
+
+        self.query = slot("cross_query", hidden, query)
+        self.key = slot("cross_key", hidden, key)
+        self.value = slot("cross_value", hidden, key)
+        self.keys = slot("cross_keys", key, key)
+        self.values = slot("cross_values", key, key)
+        self.output = slot("cross_output", query, hidden, "row")
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, S, h] -> [B, S, h]."""
+        query = self.query(self.linear_q(x), input=x).unflatten(-1, (-1, self.head_size))
+        cache = context.cache
+        held = None if cache is None else cache.cross[self.layer]
+        if held is None:
+            assert context.states is not None, "encoder states are given, or in the cache"
+            held = self.project(context.states)
+            if cache is not None:
+                cache.cross[self.layer] = held
+        key, value = held
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=context.states_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=self.heads_per_group > 1,
+        )
+        attended = attended.transpose(1, 2).flatten(2)
+        return self.output(self.linear_proj(attended), input=attended)
+
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder states [B, E, h] -> keys and values, each [B, E, groups, d]."""
+        key, value = self.linear_kv(states).unflatten(-1, (-1, 2, self.head_size)).unbind(3)
+        key = self.keys(self.key(key.flatten(2), input=states))
+        value = self.values(self.value(value.flatten(2), input=states))
+        return key.unflatten(-1, (-1, self.head_size)), value.unflatten(-1, (-1, self.head_size))
+
+
+def attention_scale(config: TransformerConfig, layer: int) -> float:
+    """What scores are multiplied with before the softmax."""
+    scale = config.kv_channels**-0.5 if config.normalize_attention_scores else 1.0
+    return scale / (layer + 1) if config.scale_by_layer else scale
+
+
 class MLP(nn.Module):
     """`linear_fc2(activation(linear_fc1(x)))`; gated: `linear_fc1` is [gate; up], [2 ffn, h]."""
 
-    def __init__(self, config: TransformerConfig, layer: int):
+    def __init__(self, config: TransformerConfig, number: int):
         super().__init__()
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
         hidden, inner = config.hidden_size, config.ffn_hidden_size
         wide = 2 * inner if config.gated else inner
-        self.linear_fc1 = nn.Linear(hidden, wide, bias=config.bias)
-        self.linear_fc2 = nn.Linear(inner, hidden, bias=config.bias)
-        self.fc1 = Slot(Site("fc1", layer, hidden, wide, "column", wide // inner))
-        self.gate = Slot(Site("gate", layer, hidden, inner, "column")) if config.gated else None
-        self.up = Slot(Site("up", layer, hidden, inner, "column")) if config.gated else None
-        self.inner = Slot(Site("mlp_inner", layer, inner, inner, "column"))
-        self.fc2 = Slot(Site("fc2", layer, inner, hidden, "row"))
+        self.linear_fc1 = nn.Linear(hidden, wide, bias=bool(config.mlp_bias))
+        self.linear_fc2 = nn.Linear(inner, hidden, bias=bool(config.mlp_bias))
+        self.fc1 = Slot(Site("fc1", number, hidden, wide, "column", wide // inner))
+        self.gate = Slot(Site("gate", number, hidden, inner, "column")) if config.gated else None
+        self.up = Slot(Site("up", number, hidden, inner, "column")) if config.gated else None
+        self.inner = Slot(Site("mlp_inner", number, inner, inner, "column"))
+        self.fc2 = Slot(Site("fc2", number, inner, hidden, "row"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
@@ -184,37 +264,154 @@ class MLP(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """Attention and MLP, each added to the residual stream.
 
-    def __init__(self, config: TransformerConfig, layer: int):
+    `pre_ln`: `x + f(norm(x))`; `post_ln`: `norm(x + f(x))`; `parallel_residual`:
+    `x + attention(norm(x)) + mlp(norm(x))`. A decoder's layer has cross-attention between the two.
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int, number: int, cross: bool = False):
         super().__init__()
         hidden = config.hidden_size
-        self.input_layernorm = make_norm(config)
-        self.self_attention = Attention(config, layer)
-        self.attention_output = Slot(Site("attention_output", layer, hidden, hidden))
-        self.pre_mlp_layernorm = make_norm(config)
-        self.mlp = MLP(config, layer)
-        self.mlp_output = Slot(Site("mlp_output", layer, hidden, hidden))
+        self.number = number
+        self.parallel_residual = config.parallel_residual
+        post = config.transformer_block_type == "post_ln"
+        self.input_layernorm = None if post else make_norm(config)
+        self.self_attention = Attention(config, layer, number)
+        self.attention_output = Slot(Site("attention_output", number, hidden, hidden))
+        self.post_attention_layernorm = make_norm(config) if post else None
+        self.cross_attention = None
+        if cross:
+            self.pre_cross_attention_layernorm = make_norm(config)
+            self.cross_attention = CrossAttention(config, layer, number)
+            self.cross_attention_output = Slot(
+                Site("cross_attention_output", number, hidden, hidden)
+            )
+        self.pre_mlp_layernorm = None if post or config.shared_layernorm else make_norm(config)
+        self.mlp = MLP(config, number)
+        self.mlp_output = Slot(Site("mlp_output", number, hidden, hidden))
+        self.post_mlp_layernorm = make_norm(config) if post else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
-        normed = self.input_layernorm(x)
-        attended = self.self_attention(normed, context)
+        normed = x if self.input_layernorm is None else self.input_layernorm(x)
+        residual = x
         attended = self.attention_output(
-            attended,
+            self.self_attention(normed, context),
             input=normed,
             residual=x,
+            norm=self.post_attention_layernorm,
             bias=self.self_attention.linear_proj.bias,
             positions=context.positions,
         )
         x = x + self.dropout(attended)
-        normed = self.pre_mlp_layernorm(x)
+        if self.post_attention_layernorm is not None:
+            x = self.post_attention_layernorm(x)
+        if self.cross_attention is not None:
+            x = self._across(x, self.cross_attention, context)
+        if self.pre_mlp_layernorm is not None:
+            normed = self.pre_mlp_layernorm(residual if self.parallel_residual else x)
+        elif self.post_attention_layernorm is not None:
+            normed = x
         changed = self.mlp_output(
             self.mlp(normed),
             input=normed,
             residual=x,
+            norm=self.post_mlp_layernorm,
             bias=self.mlp.linear_fc2.bias,
             positions=context.positions,
         )
-        return x + self.dropout(changed)
+        x = x + self.dropout(changed)
+        return x if self.post_mlp_layernorm is None else self.post_mlp_layernorm(x)
+
+    def _across(self, x: Tensor, attention: CrossAttention, context: Context) -> Tensor:
+        normed = self.pre_cross_attention_layernorm(x)
+        attended = self.cross_attention_output(
+            attention(normed, context),
+            input=normed,
+            residual=x,
+            bias=attention.linear_proj.bias,
+            positions=context.positions,
+        )
+        return x + self.dropout(attended)
+
+
+class Layers(nn.Module):
+    """Layers one after the other, the norm behind the last, and the table of their distances.
+
+    `first` is the number of the first layer among all of the model.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        count: int,
+        first: int = 0,
+        cross: bool = False,
+        relative_position: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.relative_position = relative_position
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, i, first + i, cross) for i in range(count)
+        )
+        self.final_layernorm = make_norm(config) if config.final_layernorm else None
+        self.projection = None
+        if config.embedding_size:
+            self.projection = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
+
+    def forward(self, x: Tensor, context: Context, width: int, widen_at: int | None) -> Tensor:
+        """[B, S, h] -> [B, S, h], without what is behind the last layer.
+
+        Before layer `widen_at` the batch is repeated `width` times.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, TransformerLayer)
+            if layer.number == widen_at:
+                x = x.repeat(width, 1, 1)
+                context.widen(width)
+            x = layer(x, context)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What is behind the last layer: norm and projection; [..., h] -> [..., h or e]."""
+        if self.final_layernorm is not None:
+            x = self.final_layernorm(x)
+        return x if self.projection is None else self.projection(x)
+
+
+class Embedding(nn.Module):
+    """Words, learned positions and token types where the model has them, and the slot behind."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        hidden, words = config.hidden_size, config.embedding_size or config.hidden_size
+        self.position_offset = config.position_offset
+        self.word_embeddings = nn.Embedding(config.vocab_size, words)
+        self.projection = nn.Linear(words, hidden, bias=False) if config.embedding_size else None
+        self.position_embeddings = self.token_type_embeddings = self.layernorm = None
+        if config.position_embedding_type == "learned_absolute":
+            rows = config.max_position_embeddings + config.position_offset
+            self.position_embeddings = nn.Embedding(rows, hidden)
+        if config.num_token_types:
+            self.token_type_embeddings = nn.Embedding(config.num_token_types, hidden)
+        if config.embedding_layernorm:
+            self.layernorm = make_norm(config)
+        self.output = Slot(Site("embedding", -1, hidden, hidden))
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
+        """Tokens [B, S], positions [B or 1, S] and token types [B, S] or None (0) -> [B, S, h]."""
+        x = self.word_embeddings(tokens)
+        if self.projection is not None:
+            x = self.projection(x)
+        if self.token_type_embeddings is not None:
+            if types is None:
+                types = torch.zeros_like(tokens)
+            x = x + self.token_type_embeddings(types)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(positions + self.position_offset)
+        if self.layernorm is not None:
+            x = self.layernorm(x)
+        return self.dropout(self.output(x, positions=positions))

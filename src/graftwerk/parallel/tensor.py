@@ -87,7 +87,8 @@ class SplitSublayer(ParallelStyle):
 
         def leave(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
             output = _SumForward.apply(output, group)  # pyright: ignore[reportAssignmentType]
-            return output if row.bias is None else output + row.bias
+            bias = getattr(module, self.row).bias
+            return output if bias is None else output + bias
 
         module.register_forward_pre_hook(enter)
         getattr(module, self.output).register_forward_hook(leave)

@@ -46,7 +46,7 @@ class BottleneckConfig:
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
-        if site.name in ("attention_output", "cross_attention_output", "mlp_output"):
+        if site.name in ("attention_output", "mlp_output"):
             return Bottleneck(site.out_features, self)
         return None
 

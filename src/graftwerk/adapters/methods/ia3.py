@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from graftwerk.adapters.part import Layout, Part
 from graftwerk.adapters.slots import Site, SlotCall
 
-PLACES = ("keys", "values", "mlp_inner")
+PLACES = ("keys", "values", "cross_keys", "cross_values", "mlp_inner")
 
 
 @dataclass(frozen=True)
 class IA3Config:
-    """Trainable parameters: `2 kv_channels num_query_groups + ffn_hidden_size` a layer."""
+    """Trainable parameters: `2 kv_channels num_query_groups + ffn_hidden_size` a layer.
+
+    A layer with cross-attention has twice as many for keys and values.
+    """
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""

@@ -1,0 +1,120 @@
+"""What all models share: embeddings, the output layer, and the context of a decoder's pass."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.adapters.model import AdapterModel
+from graftwerk.models.cache import KeyValueCache
+from graftwerk.models.config import TransformerConfig
+from graftwerk.models.layers import Context, Embedding
+from graftwerk.models.positions import rotary_angles, visibility
+
+
+class Transformer(AdapterModel):
+    """A model with slots, an embedding and maybe an output layer."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+
+    def add_output_layer(self) -> None:
+        """Gives the model its own output weights, or the bias beside tied ones, if it has them."""
+        config = self.config
+        self.output_layer: OutputLayer | None = None
+        if not config.share_embeddings_and_output_weights or config.output_bias:
+            self.output_layer = OutputLayer(config)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states behind the last norm [..., h] -> logits [..., V]."""
+        if self.config.output_scale != 1.0:
+            x = x * self.config.output_scale
+        weight = self.embedding.word_embeddings.weight
+        return (
+            nn.functional.linear(x, weight)
+            if self.output_layer is None
+            else self.output_layer(x, weight)
+        )
+
+    def selected(self, x: Tensor, select: Tensor | None) -> Tensor:
+        """[B, S, h] -> the positions [N] that `select` names, of each copy of the batch: [n N, h].
+
+        All of them where it is None.
+        """
+        if select is None:
+            return x
+        return x.reshape(self.width, -1, x.shape[-1])[:, select].flatten(0, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the base's weights."""
+        return self.embedding.word_embeddings.weight.dtype
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Random weights for training from scratch (GPT-2, Radford et al. 2019, section 2.3).
+
+        Normal with `init_method_std`, divided by sqrt(2 layers) where a sublayer joins the
+        residual stream; biases zero, norms one.
+        """
+        std = self.config.init_method_std
+        joining = std / math.sqrt(2 * self.config.num_layers)
+        unit = 0.0 if self.config.normalization == "layernorm1p" else 1.0
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                joins = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                parameter.normal_(0.0, joining if joins else std, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else unit)
+
+
+class OutputLayer(nn.Module):
+    """Hidden states to logits, by a weight of its own or that of the embeddings."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.weight = self.bias = None
+        if not config.share_embeddings_and_output_weights:
+            size = config.embedding_size or config.hidden_size
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, size))
+            nn.init.normal_(self.weight, std=config.init_method_std)
+        if config.output_bias:
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """[..., h] -> [..., V]."""
+        weight = embeddings if self.weight is None else self.weight
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def decoder_context(
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    tokens: Tensor,
+    positions: Tensor | None,
+    end: Tensor | None,
+    cache: KeyValueCache | None,
+) -> Context:
+    """Positions, masks and rotary angles of one causal pass; arguments as in `GPT.forward`."""
+    batch, new = tokens.shape
+    past = cache.length if cache is not None else 0
+    if positions is None:
+        positions = torch.arange(past, past + new, device=tokens.device)[None]
+    all_positions = positions
+    if cache is not None:
+        cache.note(end, positions, batch, new)
+        assert cache.positions is not None
+        end, all_positions = cache.end, cache.positions
+    seen = past + new
+    visible = end if end is not None else torch.full((1, seen), seen, device=tokens.device)
+    context = Context(positions, cache=cache)
+    if end is not None or (past and new > 1):
+        context.mask = visibility(visible, new)
+    context.causal = context.mask is None and new > 1
+    if 0 < config.window_size < seen:
+        context.window_mask = visibility(visible, new, all_positions, config.window_size)
+    if config.position_embedding_type == "rope":
+        context.rotary = rotary_angles(positions, config, dtype)
+    return context

@@ -1,0 +1,132 @@
+"""The encoder: BERT and RoBERTa by `TransformerConfig` alone, and their heads."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.models.base import Transformer
+from graftwerk.models.config import TransformerConfig
+from graftwerk.models.layers import ACTIVATIONS, Context, Layers, make_norm
+from graftwerk.models.positions import same_document
+
+
+class BERT(Transformer):
+    """A bidirectional encoder with the head that `config.head` names, if any."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.encoder = Layers(config, config.num_layers)
+        self.pooler = Pooler(config) if config.pooler else None
+        self.head: nn.Module | None = None
+        if config.head == "masked_lm":
+            self.head = MaskedLMHead(config)
+        elif config.head is not None:
+            self.head = LabelHead(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        token_types: Tensor | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """What the head makes of the hidden states.
+
+        Args:
+            tokens: [B, S] ids.
+            positions: [B or 1, S]; None: 0 to S-1.
+            documents: [B, S]; tokens see those of the same number, -1 is padding. None: one
+                document without padding.
+            token_types: [B, S]; None: all 0.
+            select: [N] flat indices into B*S that reach the head (`masked_lm`, `tagging`, none).
+
+        Returns:
+            No head: [B, S, h]. `masked_lm`: [B, S, V]. `tagging`: [B, S, labels]; each [N, ...]
+            under `select`. `classification`: [B, labels]. `question_answering`: [2 B, S], start
+            scores of all rows, then end scores; -inf at padding. n times as many rows under a
+            `Parallel` of n.
+        """
+        x = self.hidden_states(tokens, positions, documents, token_types)
+        kind = self.config.head
+        if kind == "classification":
+            assert self.head is not None
+            return self.head(self.pooled(x))
+        if kind == "question_answering":
+            assert self.head is not None
+            scores = self.head(x)
+            if documents is not None:
+                padding = (documents < 0).repeat(len(x) // len(documents), 1)
+                scores = scores.masked_fill(padding[..., None], float("-inf"))
+            return scores.permute(2, 0, 1).flatten(0, 1)
+        x = self.selected(x, select)
+        if isinstance(self.head, MaskedLMHead):
+            return self.head(x, self.embedding.word_embeddings.weight)
+        return x if self.head is None else self.head(x)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """[B, S, h] behind the last layer; arguments as in `forward`."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        context = Context(positions)
+        if documents is not None:
+            context.mask = same_document(documents)
+        if self.widen_at == -1:
+            tokens = tokens.repeat(self.width, 1)
+            token_types = None if token_types is None else token_types.repeat(self.width, 1)
+            context.widen(self.width)
+        x = self.embedding(tokens, context.positions, token_types)
+        return self.encoder.finish(self.encoder(x, context, self.width, self.widen_at))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The first token's state, [B, S, h] -> [B, h], through the pooler where there is one."""
+        return x[:, 0] if self.pooler is None else self.pooler(x)
+
+
+class Pooler(nn.Module):
+    """The first token's state through a dense layer and tanh: [B, S, h] -> [B, h]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+class MaskedLMHead(nn.Module):
+    """Hidden states to words: dense, activation, norm, then a vocabulary projection with bias."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layernorm = make_norm(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = None
+        if not config.share_embeddings_and_output_weights:
+            self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """[..., h] and the word embeddings [V, h] -> [..., V]."""
+        x = self.layernorm(self.activation(self.dense(x)))
+        return F.linear(x, embeddings if self.decoder is None else self.decoder.weight, self.bias)
+
+
+class LabelHead(nn.Module):
+    """One linear layer to `num_labels` scores, or to a start and an end score."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        labels = 2 if config.head == "question_answering" else config.num_labels
+        self.out_proj = nn.Linear(config.hidden_size, labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., labels]."""
+        return self.out_proj(x)

@@ -1,0 +1,117 @@
+"""Who sees whom, and where tokens stand: masks, rotary angles, relative distances.
+
+Shapes: B batch, S new tokens, K tokens seen (S and those in the cache), d head size.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.models.config import RotaryScaling, TransformerConfig
+
+
+def visibility(
+    end: Tensor, queries: int, positions: Tensor | None = None, window: int = 0
+) -> Tensor:
+    """The mask [B, 1, S, K] in which query i sees key j iff `j <= i < end[j]`; end [B, K].
+
+    The queries are the last of the K tokens. With a window also
+    `positions[i] - positions[j] < window`; positions [B or 1, K].
+    """
+    seen = end.shape[1]
+    index = torch.arange(seen, device=end.device)
+    query = index[seen - queries :, None]
+    mask = (index <= query) & (query < end[:, None, :])
+    if window:
+        assert positions is not None, "a window is measured in positions"
+        distance = positions[:, seen - queries :, None] - positions[:, None, :]
+        mask = mask & (distance < window)
+    return mask[:, None]
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """The mask [B, 1, S, S] in which tokens see those of their document; documents [B, S]."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+def rotary_angles(
+    positions: Tensor, config: TransformerConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34).
+
+    Positions [B or 1, S] give [B or 1, S, 1, rotary size]; computed in float32.
+    """
+    size = config.rotary_size
+    steps = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1.0 / config.rotary_base ** (steps / size)
+    if config.rotary_scaling is not None:
+        frequencies = _scaled(frequencies, config.rotary_scaling)
+    angles = positions[..., None].float() * frequencies
+    if config.rotary_interleaved:
+        angles = angles.repeat_interleave(2, -1)[:, :, None]
+    else:
+        angles = torch.cat([angles, angles], -1)[:, :, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # LLaMA 3.1: short waves stay, long ones are stretched, those between are blended.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Turns the first features of [B, S, heads, d] by the angles of its positions."""
+    cos, sin = rotary
+    size = cos.shape[-1]
+    rest = x[..., size:]
+    x = x[..., :size]
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    else:
+        first, second = x.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    x = x * cos + turned * sin
+    return torch.cat([x, rest], -1) if rest.shape[-1] else x
+
+
+class RelativePosition(nn.Module):
+    """A learned score for each head and bucket of distances (Raffel et al. 2019, section 2.1).
+
+    Distances up to half of the buckets have their own, longer ones share logarithmically up to
+    `relative_attention_max_distance`. Of an encoder, half of the buckets look forward.
+    """
+
+    def __init__(self, config: TransformerConfig, bidirectional: bool):
+        super().__init__()
+        self.bidirectional = bidirectional
+        self.max_distance = config.relative_attention_max_distance
+        buckets = config.relative_attention_num_buckets
+        self.weight = nn.Parameter(torch.empty(buckets, config.num_attention_heads))
+        nn.init.normal_(self.weight, std=config.init_method_std)
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """Scores [1, heads, S, K]; the queries are the last of the keys."""
+        index = torch.arange(keys, device=self.weight.device)
+        distance = index - index[keys - queries :, None]
+        return self.weight[self.buckets(distance)].permute(2, 0, 1)[None]
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """Distances (key minus query) to buckets."""
+        count = self.weight.shape[0]
+        if self.bidirectional:
+            count //= 2
+            first = (distance > 0).long() * count
+            distance = distance.abs()
+        else:
+            first = torch.zeros_like(distance)
+            distance = (-distance).clamp(min=0)
+        exact = count // 2
+        far = distance.clamp(min=1).float().div(exact).log()
+        far = exact + (far / math.log(self.max_distance / exact) * (count - exact)).long()
+        return first + torch.where(distance < exact, distance, far.clamp(max=count - 1))

@@ -1,0 +1,106 @@
+"""The encoder-decoder: T5, FLAN-T5, mT5 and Megatron's T5 by `TransformerConfig` alone."""
+
+import torch
+from torch import Tensor
+
+from graftwerk.models.base import Transformer, decoder_context
+from graftwerk.models.cache import KeyValueCache
+from graftwerk.models.config import TransformerConfig
+from graftwerk.models.layers import Context, Layers
+from graftwerk.models.positions import RelativePosition, same_document, visibility
+
+
+class T5(Transformer):
+    """An encoder, a decoder that attends to it, and embeddings that both share.
+
+    Layers are numbered through: the decoder's follow the encoder's.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        relative = config.position_embedding_type == "relative"
+        self.encoder = Layers(
+            config,
+            config.num_layers,
+            relative_position=RelativePosition(config, bidirectional=True) if relative else None,
+        )
+        self.decoder = Layers(
+            config,
+            config.decoder_num_layers,
+            first=config.num_layers,
+            cross=True,
+            relative_position=RelativePosition(config, bidirectional=False) if relative else None,
+        )
+        self.add_output_layer()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        end: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        select: Tensor | None = None,
+        *,
+        source: Tensor | None = None,
+        source_documents: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next target token.
+
+        Args:
+            tokens: [B, S] the decoder's inputs, of which `decoder_start_token_id` is the first.
+            positions, end, cache, select: of the decoder, as in `GPT.forward`.
+            source: [B, E] the encoder's input. With a cache it is given on the first pass only.
+            source_documents: [B, E] number of each source token's document, -1 for padding; targets
+                see document 0. None: one document without padding.
+
+        Returns:
+            [B, S, V], or [N, V] under `select`; n times as many rows under a `Parallel` of n.
+        """
+        context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
+        wide = False  # whether the encoder has repeated the batch already
+        if source is not None:
+            context.states = self.encode(source, source_documents)
+            if source_documents is not None:
+                context.states_mask = (source_documents == 0)[:, None, None]
+            if cache is not None:
+                cache.cross_mask = context.states_mask
+            wide = len(context.states) > len(tokens)
+        elif cache is not None:
+            context.states_mask = cache.cross_mask
+            wide = self.widen_at is not None and self.widen_at < self.config.num_layers
+        if wide:
+            tokens = tokens.repeat(self.width, 1)
+            states, context.states = context.states, None  # these are wide
+            context.widen(self.width)
+            context.states = states
+        self._add_relative_scores(context, tokens.shape[1])
+        x = self.embedding(tokens, context.positions)
+        x = self.decoder(x, context, self.width, self.widen_at)
+        return self.logits(self.decoder.finish(self.selected(x, select)))
+
+    def encode(self, source: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Encoder states [B, E, h] of source tokens [B, E]; arguments as in `forward`.
+
+        Under a `Parallel` that begins in the encoder they are n*B rows.
+        """
+        positions = torch.arange(source.shape[1], device=source.device)[None]
+        context = Context(positions)
+        if documents is not None:
+            context.mask = same_document(documents)
+        if self.encoder.relative_position is not None:
+            context.scores = self.encoder.relative_position(source.shape[1], source.shape[1])
+        if self.widen_at == -1:
+            source = source.repeat(self.width, 1)
+            context.widen(self.width)
+        x = self.embedding(source, context.positions)
+        return self.encoder.finish(self.encoder(x, context, self.width, self.widen_at))
+
+    def _add_relative_scores(self, context: Context, new: int) -> None:
+        relative = self.decoder.relative_position
+        if relative is None:
+            return
+        seen = context.cache.length if context.cache is not None else new
+        if context.causal:
+            end = torch.full((1, seen), seen, device=context.positions.device)
+            context.mask, context.causal = visibility(end, new), False
+        context.scores = relative(new, seen)
