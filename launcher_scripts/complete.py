@@ -93,7 +93,8 @@ def absolute(cfg: Any, key: str, value: Any, expected: Any) -> bool:
         return False
     for option in options:
         if get_origin(option) is Annotated and isinstance(value, str):
-            if any(isinstance(rule, FilePath) for rule in get_args(option)[1:]):
+            rules = [rule for rule in get_args(option)[1:] if isinstance(rule, FilePath)]
+            if rules and not rules[0].names_repository(value):
                 path = os.path.abspath(os.path.expanduser(value))
                 if path != value:
                     OmegaConf.update(cfg, key, plain_text(path))

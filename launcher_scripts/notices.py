@@ -9,7 +9,6 @@ ABSENT_STAGES = (
     "prompt_learning",
     "fine_tuning",
     "peft",
-    "conversion",
     "conversion_hf2nemo",
     "external_conversion",
     "export",

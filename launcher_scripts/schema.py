@@ -21,6 +21,7 @@ Count = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 Path = Annotated[str, FilePath()]
+Checkpoint = Annotated[str, FilePath("a path or a name of the Hub", hub=True)]
 Name = Annotated[str, Form(r"[A-Za-z0-9][\w.@+=-]*", "a name of letters, digits, . _ - + = @")]
 Scalar = str | int | float | bool | None
 
@@ -77,6 +78,14 @@ class Run:
     model_train_name: str | None = None
     convert_name: str | None = None
     convert_dir: Path | None = None
+
+
+@keys
+class ConversionRun(Run):
+    """The parts of the converted checkpoint's path."""
+
+    train_dir: Path | None = None
+    nemo_file_name: Name | None = None
 
 
 @keys
@@ -236,6 +245,31 @@ class SyntheticPrep:
     seed: Count = 1234
 
 
+# ---- conversion
+
+
+@keys
+class ConversionModel:
+    """Which checkpoint becomes which, and where."""
+
+    checkpoint_folder: Checkpoint
+    output_path: Path
+    target: Literal["nemo", "huggingface", "graftwerk"]
+    model_type: Literal["gpt", "t5"] | None = None
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    mcore_gpt: bool = True
+    architecture: Name = "auto"
+    tokenizer: Checkpoint | None = None
+    revision: str | None = None
+    overwrite: bool = False
+
+
+@keys
+class ConversionStage:
+    run: ConversionRun
+    model: ConversionModel
+
+
 # ---- learning
 
 
@@ -298,7 +332,7 @@ class _Learned(Layout):
     """What the models of all learning stages share."""
 
     seed: Count = 1234
-    restore_path: Path | None = None
+    restore_path: Checkpoint | None = None
     existing_tasks: list[str] = field(default_factory=list)
     new_tasks: list[str] = field(default_factory=list)
     encoder_seq_length: Annotated[int, Range(2)] = 2048
@@ -312,7 +346,10 @@ class IA3Model(_Learned):
     """A frozen base with IA3's scales."""
 
     nemo_path: Path
-    language_model_path: Path
+    language_model_path: Checkpoint | None = None
+    restore_from_path: Checkpoint | None = None  # NeMo PEFT's name of language_model_path
+    revision: str | None = None
+    head: Literal["question_answering"] | None = None
     task_templates: list[TaskTemplate]
     data: Data
 
@@ -345,7 +382,7 @@ class Tokenizer:
     """What `training` cuts text into."""
 
     type: Literal["word", "byte", "pretrained"] = "word"
-    path: Path | None = None
+    path: Checkpoint | None = None
     vocab_size: Positive | None = None
 
 
@@ -434,7 +471,10 @@ class EvalModel:
 
     data: EvalData
     seed: Count = field(default=1234, metadata=INERT)  # greedy answers need none
-    language_model_path: Path | Literal["auto"] = "auto"
+    language_model_path: Checkpoint | Literal["auto"] | None = "auto"
+    restore_from_path: Checkpoint | None = None
+    revision: str | None = "auto"
+    head: Literal["question_answering", "auto"] | None = "auto"
     adapters: list[EvaluatedAdapter] | Literal["auto"] = "auto"
     evaluate_base: bool = True
     task_templates: list[TaskTemplate] | Literal["auto"] = "auto"
@@ -506,6 +546,7 @@ PREP_KINDS: dict[str, type] = {
 STAGE_SCHEMAS: dict[str, type] = {
     "data_prep": SquadPrep,
     "training": TrainingStage,
+    "conversion": ConversionStage,
     "adapter_learning": AdapterStage,
     "ia3_learning": IA3Stage,
     "eval": EvalStage,

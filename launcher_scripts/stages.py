@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 Paths = Callable[[DictConfig], list[str]]
+# The keys that name a stage's base: ours, and that of NeMo's PEFT scripts.
+BASES = ("language_model_path", "restore_from_path")
 SPLITS = ("train", "val", "test", "test_ground_truth")
 
 
@@ -46,8 +48,16 @@ def _prep_writes(cfg: DictConfig) -> list[str]:
     return [str(folder / f"{prefix}_{split}.jsonl") for prefix in prefixes for split in SPLITS]
 
 
+def _conversion_reads(cfg: DictConfig) -> list[str]:
+    return _each(cfg.model, "checkpoint_folder", "tokenizer")
+
+
+def _converted(cfg: DictConfig) -> list[str]:
+    return _each(cfg.model, "output_path")
+
+
 def _learning_reads(cfg: DictConfig) -> list[str]:
-    model = ("data.train_ds", "data.validation_ds", "language_model_path", "restore_path")
+    model = ("data.train_ds", "data.validation_ds", *BASES, "restore_path")
     return _each(cfg.model, *model, "tokenizer.path") + _each(cfg, "trainer.resume_from_checkpoint")
 
 
@@ -58,7 +68,7 @@ def _model(cfg: DictConfig) -> list[str]:
 def _eval_reads(cfg: DictConfig) -> list[str]:
     adapters = OmegaConf.select(cfg, "model.adapters")
     paths = [] if adapters in (None, "auto") else [str(a["path"]) for a in adapters]
-    keys = ("language_model_path", "data.test_ds", "data.ground_truth_ds")
+    keys = (*BASES, "data.test_ds", "data.ground_truth_ds")
     return [*_each(cfg.model, *keys), *paths]
 
 
@@ -80,6 +90,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("data_prep", False, False, False, _prep_reads, _prep_writes),
         Stage("training", True, False, True, _learning_reads, _model),
+        Stage("conversion", False, False, False, _conversion_reads, _converted),
         Stage("adapter_learning", True, True, True, _learning_reads, _model),
         Stage("ia3_learning", True, True, True, _learning_reads, _model),
         Stage("eval", False, False, True, _eval_reads, _eval_writes),
@@ -98,21 +109,43 @@ def fill_auto(cfg: DictConfig) -> list[str]:
         return []
     model = cfg.eval.model
     learners, lines = _learners(cfg)
-    if not learners:
-        return lines
     with open_dict(cfg):
-        for key in ("language_model_path", "encoder_seq_length"):
-            values = (_learned(cfg[name], key) for name in learners)
-            value = next((v for v in values if v is not None), None)
-            if model.get(key) == "auto" and value is not None:
-                model[key] = value
+        if model.get("restore_from_path") and model.get("language_model_path") == "auto":
+            model.language_model_path = None
+        _fill_base(model, [cfg[name] for name in learners])
+        if not learners:
+            return lines
         if model.get("task_templates") == "auto":
             model.task_templates = _templates(cfg[name] for name in learners)
         if model.get("adapters") == "auto":
-            base = model.get("language_model_path")
+            base = base_of(model)
             model.adapters, more = _adapters(cfg, learners, base)
             lines += more
     return lines
+
+
+def base_of(model: DictConfig) -> Any:
+    """The base that a model section names, `auto`, or None; as the job reads its keys."""
+    keys = [key for key in (*BASES, "restore_path") if not OmegaConf.is_missing(model, key)]
+    return next((model[key] for key in keys if model.get(key)), None)
+
+
+def _fill_base(model: DictConfig, learners: list[DictConfig]) -> None:
+    """What `eval` takes from the first stage that names a base, and the length of any stage."""
+    base = next((cfg for cfg in learners if _learned(cfg) is not None), None)
+    if model.get("language_model_path") != "auto":
+        base_revision = None
+    else:
+        base_revision = base.model.get("revision") if base is not None else None
+        model.language_model_path = "auto" if base is None else _learned(base)
+    if model.get("revision") == "auto":
+        model.revision = base_revision
+    if model.get("head") == "auto":
+        model.head = base.model.get("head") if base is not None else None
+    lengths = (cfg.model.get("encoder_seq_length") for cfg in learners)
+    length = next((value for value in lengths if value is not None), None)
+    if model.get("encoder_seq_length") == "auto" and length is not None:
+        model.encoder_seq_length = length
 
 
 def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
@@ -131,13 +164,10 @@ def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
     return adapted or configured, [line] if adapted else []
 
 
-def _learned(cfg: DictConfig, key: str) -> Any:
-    """`key` of a learning stage's model; the base is what `training` leaves, others read."""
-    if key == "language_model_path" and OmegaConf.is_missing(cfg.model, key):
-        return None
-    if key == "language_model_path" and cfg.model.get(key) is None:
-        return cfg.model.nemo_path
-    return cfg.model.get(key)
+def _learned(cfg: DictConfig) -> Any:
+    """The base after a learning stage: what `training` leaves, what others read."""
+    trains_whole = "language_model_path" not in cfg.model
+    return cfg.model.nemo_path if trains_whole else base_of(cfg.model)
 
 
 def _templates(cfgs: Iterable[DictConfig]) -> list[Any]:
@@ -155,10 +185,9 @@ def _adapters(cfg: DictConfig, learners: list[str], base: Any) -> tuple[list[Any
         model = cfg[name].model
         if name not in cfg.stages and not Path(str(model.nemo_path)).exists():
             continue
-        if model.language_model_path != base:
-            lines.append(
-                f"eval: leaves out {name}: its base is {model.language_model_path}, not {base}"
-            )
+        own = base_of(model)
+        if own != base:
+            lines.append(f"eval: leaves out {name}: its base is {own}, not {base}")
             continue
         adapters.append({"name": name, "path": str(model.nemo_path)})
     return adapters, lines

@@ -7,6 +7,7 @@ a pattern or its own words. A field without a default must be given.
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 from collections.abc import Callable, Iterable
@@ -64,14 +65,27 @@ class Form:
         return re.fullmatch(self.pattern, value) is not None
 
 
+# One organisation or person, one repository; as `graftwerk.checkpoints.hub` has it.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 @dataclass(frozen=True)
 class FilePath:
-    """Text that is a path: made absolute, since a job does not run where its user typed."""
+    """Text that is a path: made absolute, since a job does not run where its user typed.
+
+    With `hub`, a text such as `org/name` where no such path is names a repository of the Hub.
+    """
 
     words: str = "a path"
+    hub: bool = False
 
     def holds(self, value: str) -> bool:
         return bool(value) and "\n" not in value and "\0" not in value
+
+    def names_repository(self, value: str) -> bool:
+        """Whether the text is no path at all; a path that stays relative is such a name."""
+        looks = HUB_NAME.fullmatch(value) is not None and ".." not in value
+        return self.hub and looks and not value.endswith(".nemo") and not os.path.exists(value)
 
 
 Report = Callable[[str, str], None]  # (dotted key, what is wrong)
