@@ -10,13 +10,20 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from graftwerk.data.dataset import AnswerDataset, Batch, collate
-from graftwerk.data.encoding import Encoder, RowReport
+from graftwerk.data.encoding import Encoder, Example, RowEncoder, RowReport, padding_token
+from graftwerk.data.question_answering import SpanEncoder
 from graftwerk.data.sampler import MicroBatches, StepSampler
+from graftwerk.data.seq2seq import Seq2SeqEncoder
 from graftwerk.data.templates import TaskTemplate
 from graftwerk.errors import UserError
+from graftwerk.models import TransformerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DEFAULT_LENGTH = (
+    512  # tokens of a row where neither the configuration nor the model bounds it; T5's
+)
 
 
 class AnswerDataModule(LightningDataModule):
@@ -38,6 +45,11 @@ class AnswerDataModule(LightningDataModule):
         seed: of the order of rows.
         accumulate: global batches in one optimizer step (`trainer.accumulate_grad_batches`).
         pad_multiple: pad rows to a multiple of so many tokens.
+        shape: of the model that reads the rows: its family decides what becomes of them. None: a
+            GPT of unknown size, as for a model that is made after its data.
+
+    Raises:
+        UserError: for data, tokenizer and lengths that do not fit each other or the model.
     """
 
     def __init__(
@@ -50,6 +62,7 @@ class AnswerDataModule(LightningDataModule):
         seed: int,
         accumulate: int = 1,
         pad_multiple: int = 1,
+        shape: TransformerConfig | None = None,
     ) -> None:
         super().__init__()
         self.cfg = model_cfg
@@ -60,11 +73,14 @@ class AnswerDataModule(LightningDataModule):
         self.pad_multiple = pad_multiple
         self.pad = padding_token(tokenizer)
         check_batch_sizes(model_cfg.global_batch_size, model_cfg.micro_batch_size, world_size)
-        encoders = encoders_from_config(model_cfg, tokenizer)
+        encoders = encoders_from_config(model_cfg, tokenizer, shape)
         self.train_set = AnswerDataset(data_files(model_cfg, "train_ds"), encoders)
         # `split: {val: 0}` leaves an empty validation file: nothing to validate on, no mistake.
         validation = [path for path in data_files(model_cfg, "validation_ds") if _has_rows(path)]
         self.val_set = AnswerDataset(validation, encoders, trainable=False)
+        if shape is not None:
+            _check_lengths(self.train_set, "train_ds", shape)
+            _check_lengths(self.val_set, "validation_ds", shape)
         self.sampler = self._sampler(
             self.train_set,
             shuffle=self._data("shuffle", True),
@@ -124,7 +140,7 @@ class AnswerDataModule(LightningDataModule):
     def _loader(self, rows: AnswerDataset, sampler: StepSampler) -> DataLoader:
         workers = self._data("num_workers", 0)
         return DataLoader(
-            _Steps(rows, self.pad, self.pad_multiple),
+            _Steps(rows, self.pad, self.pad_multiple, rows.filler),
             # Not as `batch_sampler`: that one fetches each index apart. A step is one item.
             sampler=sampler,
             batch_size=None,
@@ -137,21 +153,30 @@ class AnswerDataModule(LightningDataModule):
 class _Steps(torch.utils.data.Dataset[list[Batch]]):
     """The micro-batches of a step, by their row numbers."""
 
-    def __init__(self, rows: AnswerDataset, pad: int, multiple: int) -> None:
-        self.rows, self.pad, self.multiple = rows, pad, multiple
+    def __init__(self, rows: AnswerDataset, pad: int, multiple: int, filler: Example) -> None:
+        self.rows, self.pad, self.multiple, self.filler = rows, pad, multiple, filler
 
     def __getitem__(self, step: MicroBatches) -> list[Batch]:
         return [
-            collate([self.rows[index] for index in micro_batch], self.pad, self.multiple)
+            collate([self.rows[n] for n in micro_batch], self.pad, self.multiple, self.filler)
             for micro_batch in step
         ]
 
 
 def encoders_from_config(
-    model_cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, Encoder]:
+    model_cfg: DictConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    shape: TransformerConfig | None = None,
+) -> Mapping[str, RowEncoder]:
     """An encoder for each task of `existing_tasks` and `new_tasks`, or of all templates where both
-    are empty. Evaluation uses it too, so that prompts are those of training."""
+    are empty. Evaluation uses it too, so that prompts are those of training.
+
+    `shape` is the model's: its architecture says how rows are encoded (None: as for a GPT).
+
+    Raises:
+        UserError: for templates that do not fit, a length that the model has no positions for, a
+            tokenizer that does not fit the model's vocabulary.
+    """
     entries: Sequence[Mapping[str, Any]] = OmegaConf.select(model_cfg, "task_templates") or []
     templates = [TaskTemplate.from_config(entry) for entry in entries]
     by_name = {template.taskname: template for template in templates}
@@ -170,20 +195,61 @@ def encoders_from_config(
                 f"model.new_tasks or model.existing_tasks names {task!r}, which has no entry in "
                 f"model.task_templates; these have one: {', '.join(by_name)}"
             )
-    limit = OmegaConf.select(model_cfg, "encoder_seq_length")
-    if not isinstance(limit, int) or limit < 2:
-        raise UserError(f"model.encoder_seq_length must be a whole number above 1, not {limit!r}")
+    if shape is not None:
+        check_tokenizer(tokenizer, shape.vocab_size)
+    limit = longest_row(model_cfg, shape)
     add_bos = bool(OmegaConf.select(model_cfg, "data.add_bos"))
     add_eos = OmegaConf.select(model_cfg, "data.add_eos") is not False
-    return {task: Encoder(by_name[task], tokenizer, limit, add_bos, add_eos) for task in tasks}
+
+    def encoder(template: TaskTemplate) -> RowEncoder:
+        if shape is None or shape.architecture == "gpt":
+            return Encoder(template, tokenizer, limit, add_bos, add_eos)
+        if shape.architecture == "t5":
+            start = shape.decoder_start_token_id
+            return Seq2SeqEncoder(template, tokenizer, limit, start, add_bos, add_eos)
+        return SpanEncoder(template, tokenizer, limit, shape.num_token_types)
+
+    return {task: encoder(by_name[task]) for task in tasks}
 
 
-def padding_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token to fill rows with: nothing attends to it and no label is it, so any will do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
+def longest_row(model_cfg: DictConfig, shape: TransformerConfig | None) -> int:
+    """`model.encoder_seq_length`; where it is absent, the model's positions, or 512 without a
+    limit.
+
+    Raises:
+        UserError: for what is no length, and for one beyond the table of a model's positions.
+    """
+    limit = OmegaConf.select(model_cfg, "encoder_seq_length")
+    if limit is None and shape is not None:
+        return shape.max_position_embeddings or DEFAULT_LENGTH
+    if not isinstance(limit, int) or limit < 2:
+        raise UserError(f"model.encoder_seq_length must be a whole number above 1, not {limit!r}")
+    if shape is None or shape.position_embedding_type != "learned_absolute":
+        return limit
+    if 0 < shape.max_position_embeddings < limit:
+        raise UserError(
+            f"model.encoder_seq_length={limit} is longer than the "
+            f"{shape.max_position_embeddings} positions that the model has: lower it"
+        )
+    return limit
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """Raises a UserError where a token of the tokenizer is beyond the model's vocabulary."""
+    size = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    if size > vocab_size:
+        raise UserError(
+            f"the tokenizer does not fit the model: it has tokens up to number {size - 1}, the "
+            f"model's vocabulary ends at {vocab_size - 1}: put the model's own tokenizer beside it"
+        )
+
+
+def _check_lengths(rows: AnswerDataset, key: str, shape: TransformerConfig) -> None:
+    if 0 < shape.max_position_embeddings < rows.longest:
+        raise UserError(
+            f"model.data.{key}: the longest row needs {rows.longest} positions, the model has "
+            f"{shape.max_position_embeddings}: set model.encoder_seq_length to that or lower"
+        )
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

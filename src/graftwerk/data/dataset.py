@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from graftwerk.data.encoding import Encoder, Example, Label, RowDropped, RowReport
+from graftwerk.data.encoding import Encoded, Example, Label, RowDropped, RowEncoder, RowReport
 from graftwerk.data.jsonl import Row, read_rows
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
@@ -30,9 +30,15 @@ class Batch:
             plain causal rows, where padding on the right is seen by no real token. Padding has
             end[j] = j + 1.
         label_positions: [N] int64, indices into the flattened B * S: which hidden states predict.
-            An index may occur several times, with different labels or the same.
+            An index may occur several times, with different labels or the same. None: labels are
+            for the model's output rows, in their order.
         labels: [N] int64, what each of them has to predict.
         weights: [N] float32, what each of them counts.
+        source: [B, E] int64, what a T5's encoder reads, padded on the right.
+        source_documents: [B, E] int64, 0 for tokens and -1 for padding; None where nothing is
+            padded.
+        documents: [B, S] int64, the same of a BERT's `tokens`.
+        token_types: [B, S] int64, of a BERT that knows more than one.
         num_rows: rows that hold data; a filler has none.
         num_tokens: tokens that are not padding.
     """
@@ -40,11 +46,29 @@ class Batch:
     tokens: Tensor
     positions: Tensor | None
     end: Tensor | None
-    label_positions: Tensor
+    label_positions: Tensor | None
     labels: Tensor
     weights: Tensor
+    source: Tensor | None = None
+    source_documents: Tensor | None = None
+    documents: Tensor | None = None
+    token_types: Tensor | None = None
     num_rows: int = -1
     num_tokens: int = -1
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of the model's forward pass, by name."""
+        given = {
+            "tokens": self.tokens,
+            "positions": self.positions,
+            "end": self.end,
+            "select": self.label_positions,
+            "source": self.source,
+            "source_documents": self.source_documents,
+            "documents": self.documents,
+            "token_types": self.token_types,
+        }
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def __post_init__(self) -> None:
         if self.num_rows < 0:
@@ -65,47 +89,120 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
 
-def collate(examples: Sequence[Example], pad: int = 0, multiple: int = 1) -> Batch:
-    """Examples as one batch, padded on the right with token `pad`.
+def collate(
+    examples: Sequence[Example], pad: int = 0, multiple: int = 1, filler: Example | None = None
+) -> Batch:
+    """Examples of one family as one batch, padded on the right with token `pad`.
 
-    The length is that of the longest example, rounded up to a multiple of `multiple`. `positions`
-    and `end` are filled where any example has its own, and stay None otherwise. No examples make a
-    filler: one row of padding without labels, for ranks that have run out of rows.
+    The length is that of the longest example, rounded up to a multiple of `multiple`. Optional
+    fields are filled where any example has its own, and stay None otherwise. No examples make a
+    batch of the filler alone, whose labels weigh nothing (None: a GPT's, one token without labels),
+    for ranks that have run out of rows.
     """
-    lengths = [len(example.tokens) for example in examples]
-    rows, width = max(len(examples), 1), -(-max(lengths, default=1) // multiple) * multiple
-    tokens = np.full((rows, width), pad, dtype=np.int64)
-    positions = np.tile(np.arange(width), (rows, 1))
-    end = positions + 1
-    label_positions, labels, weights = [], [], []
-    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-        tokens[row, :length] = example.tokens
-        end[row, :length] = length if example.end is None else example.end
-        if example.positions is not None:
-            positions[row, :length] = example.positions
-        label_positions += [row * width + label.position for label in example.labels]
-        labels += [label.token for label in example.labels]
-        weights += [label.weight for label in example.labels]
-    own_layout = any(
-        example.end is not None or example.positions is not None for example in examples
-    )
-    return Batch(
+    rows = examples or [filler or Example([pad])]
+    tokens = _padded([row.tokens for row in rows], pad, multiple)
+    batch = Batch(
         tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions) if own_layout else None,
-        end=torch.from_numpy(end) if own_layout else None,
-        label_positions=torch.tensor(label_positions, dtype=torch.int64),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        weights=torch.tensor(weights, dtype=torch.float32),
+        positions=None,
+        end=None,
+        label_positions=None,
+        labels=torch.empty(0, dtype=torch.int64),
+        weights=torch.empty(0),
         num_rows=len(examples),
-        num_tokens=sum(lengths),
+        num_tokens=sum(len(row.tokens) + len(row.source or ()) for row in examples),
     )
+    if rows[0].span is not None:
+        _add_spans(batch, rows, weight=1.0 if examples else 0.0)
+    else:
+        _add_labels(batch, rows)
+    if any(row.end is not None or row.positions is not None for row in rows):
+        _add_layout(batch, rows)
+    if rows[0].source is not None:
+        sources = [row.source or () for row in rows]
+        batch.source = torch.from_numpy(_padded(sources, pad, multiple))
+        batch.source_documents = _documents(sources, batch.source)
+    if rows[0].token_types is not None:
+        types = _padded([row.token_types or () for row in rows], 0, multiple)
+        batch.token_types = torch.from_numpy(types)
+    return batch
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad: int, multiple: int) -> np.ndarray:
+    """[B, S] of sequences, filled up on the right."""
+    width = -(-max(map(len, sequences)) // multiple) * multiple
+    filled = np.full((len(sequences), width), pad, dtype=np.int64)
+    for row, sequence in zip(filled, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return filled
+
+
+def _documents(sequences: Sequence[Sequence[int]], padded: Tensor) -> Tensor | None:
+    """0 for tokens and -1 for padding; None where there is no padding."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    if int(lengths.min()) == padded.shape[1]:
+        return None
+    return -(torch.arange(padded.shape[1]) >= lengths[:, None]).long()
+
+
+def _add_labels(batch: Batch, rows: Sequence[Example]) -> None:
+    """Labels at the positions that predict them."""
+    width = batch.tokens.shape[1]
+    labels = [(row * width + x.position, x) for row, e in enumerate(rows) for x in e.labels]
+    batch.label_positions = torch.tensor([index for index, _ in labels], dtype=torch.int64)
+    batch.labels = torch.tensor([label.token for _, label in labels], dtype=torch.int64)
+    batch.weights = torch.tensor([label.weight for _, label in labels], dtype=torch.float32)
+
+
+def _add_spans(batch: Batch, rows: Sequence[Example], weight: float) -> None:
+    """A start for each row, then an end for each row, as BERT's scores come."""
+    spans = torch.tensor([row.span for row in rows], dtype=torch.int64)
+    batch.labels = spans.T.flatten()
+    batch.weights = torch.full((2 * len(rows),), weight)
+    batch.documents = _documents([row.tokens for row in rows], batch.tokens)
+
+
+def _add_layout(batch: Batch, rows: Sequence[Example]) -> None:
+    """Positions and ends of rows that have their own, and of those beside them."""
+    positions = torch.arange(batch.tokens.shape[1]).repeat(len(rows), 1)
+    end = positions + 1
+    for number, row in enumerate(rows):
+        length = len(row.tokens)
+        end[number, :length] = torch.tensor(length if row.end is None else row.end)
+        if row.positions is not None:
+            positions[number, :length] = torch.tensor(row.positions)
+    batch.positions, batch.end = positions, end
+
+
+class _Column:
+    """Sequences of one field, laid flat; None where the first example has none of it."""
+
+    def __init__(self, kind: Any, width: tuple[int, ...] = ()) -> None:
+        self.kind = kind
+        self.parts: list[np.ndarray] = [np.empty((0, *width), kind)]
+        self.flat, self.starts = self.parts[0], np.zeros(1, np.int64)
+        self.absent = False
+
+    def add(self, values: Any) -> None:
+        self.absent = values is None
+        if values is not None:
+            self.parts.append(np.asarray(values, self.kind).reshape(-1, *self.flat.shape[1:]))
+
+    def close(self) -> None:
+        self.starts = np.cumsum([len(part) for part in self.parts])
+        self.flat = np.concatenate(self.parts)
+        self.parts.clear()
+
+    def __getitem__(self, index: int) -> Any:
+        if self.absent:
+            return None
+        return self.flat[self.starts[index] : self.starts[index + 1]].tolist()
 
 
 class AnswerDataset(Dataset[Example]):
     """The examples of some JSONL files, encoded once and held as flat arrays.
 
-    A row costs four bytes a token and label, and worker processes share them: no Python object per
-    token. `report` says what became of the rows.
+    They cost four bytes a token and eight a label, and worker processes share them: no Python
+    object per token. `report` says what became of the rows.
 
     Args:
         files: JSONL files; each row has a `taskname` (not needed where there is one task) and the
@@ -117,36 +214,51 @@ class AnswerDataset(Dataset[Example]):
     def __init__(
         self,
         files: Sequence[str | os.PathLike[str]],
-        encoders: Mapping[str, Encoder],
+        encoders: Mapping[str, RowEncoder],
         trainable: bool = True,
     ) -> None:
         # Set, or the tokenizers library complains about worker processes started after it ran.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.report = RowReport()
         self._encoders = encoders
-        token_parts, label_parts, token_counts, label_counts = [], [], [0], [0]
+        self.filler = next(iter(encoders.values())).filler
+        self._tokens, self._labels = _Column(np.int32), _Column(np.int32, (2,))
+        self._sources, self._types = _Column(np.int32), _Column(np.int8)
+        self._spans = _Column(np.int32)
+        columns = self._tokens, self._labels, self._sources, self._types, self._spans
+        self._count = 0
         for path in files:
             for example in self._examples(path):
-                token_parts.append(np.array(example.tokens, dtype=np.int32))
-                label_parts.append(np.array([label[:2] for label in example.labels], np.int32))
-                token_counts.append(len(example.tokens))
-                label_counts.append(len(example.labels))
-        self._tokens = np.concatenate([np.empty(0, np.int32), *token_parts])
-        self._labels = np.concatenate([np.empty((0, 2), np.int32), *label_parts])
-        self._token_starts = np.cumsum(token_counts)
-        self._label_starts = np.cumsum(label_counts)
+                labels = [label[:2] for label in example.labels]
+                kept = example.tokens, labels, example.source, example.token_types, example.span
+                for column, values in zip(columns, kept, strict=True):
+                    column.add(values)
+                self._count += 1
+        for column in columns:
+            column.close()
         if trainable and not len(self):
             raise UserError(
                 f"{', '.join(map(str, files)) or 'no files'}: nothing to train on: {self.report}"
             )
 
     def __len__(self) -> int:
-        return len(self._token_starts) - 1
+        return self._count
 
     def __getitem__(self, index: int) -> Example:
-        tokens = self._tokens[self._token_starts[index] : self._token_starts[index + 1]]
-        labels = self._labels[self._label_starts[index] : self._label_starts[index + 1]]
-        return Example(tokens.tolist(), [Label(*label) for label in labels.tolist()])
+        span = self._spans[index]
+        return Example(
+            self._tokens[index],
+            [Label(*label) for label in self._labels[index]],
+            source=self._sources[index],
+            token_types=self._types[index],
+            span=None if span is None else tuple(span),
+        )
+
+    @property
+    def longest(self) -> int:
+        """The most positions that an example needs, of a T5 by its source or its target."""
+        columns = (self._tokens, self._sources)
+        return max((int(np.diff(c.starts).max(initial=0)) for c in columns), default=0)
 
     def _examples(self, path: str | os.PathLike[str]) -> Iterator[Example]:
         rows = self._sound_rows(path)
@@ -154,7 +266,7 @@ class AnswerDataset(Dataset[Example]):
             by_task: dict[str, list[tuple[int, Row]]] = {}
             for index, (task, row) in enumerate(chunk):
                 by_task.setdefault(task, []).append((index, row))
-            outcomes: dict[int, tuple[Example, bool] | RowDropped] = {}
+            outcomes: dict[int, Encoded | RowDropped] = {}
             for task, members in by_task.items():
                 encoded = self._encoders[task].encode_all([row for _, row in members])
                 outcomes |= zip((index for index, _ in members), encoded, strict=True)
@@ -163,8 +275,8 @@ class AnswerDataset(Dataset[Example]):
                 if isinstance(outcome, RowDropped):
                     self.report.dropped[str(outcome)] += 1
                 else:
-                    self.report.add(*outcome)
-                    yield outcome[0]
+                    self.report.add(outcome)
+                    yield from outcome.examples
 
     def _sound_rows(self, path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
         """Rows that have a task and its fields; the first that lacks one ends the run."""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from graftwerk.data.templates import TaskTemplate, text_of
 from graftwerk.errors import UserError
@@ -24,30 +24,71 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A row as a model sees it.
+    """What a model sees of a row: all of it, or one window of a long one.
 
     Args:
-        tokens: the input. A text's last token is not among them: nothing follows it, so it is only
-            ever a label.
+        tokens: the input (of a T5: of its decoder). A text's last token is not among them: nothing
+            follows it, so it is only ever a label.
         labels: what is predicted where. One position may carry several labels (a tree's branching
             point) and one label may occur several times.
         positions: each token's position, or None for 0, 1, 2, ...
         end: for each token the index past the last one that may look at it, or None for plain
             causal rows.
+        source: the input of a T5's encoder; None for other models.
+        token_types: of a BERT that knows more than one; else None.
+        span: first and last token of the answer to a BERT that marks it; such an example has no
+            `labels`.
     """
 
     tokens: Sequence[int]
-    labels: Sequence[Label]
+    labels: Sequence[Label] = ()
     positions: Sequence[int] | None = None
     end: Sequence[int] | None = None
+    source: Sequence[int] | None = None
+    token_types: Sequence[int] | None = None
+    span: tuple[int, int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text, the one that is only a label included."""
+        if self.span is not None:
+            return len(self.tokens)
+        if self.source is not None:
+            return len(self.source) + len(self.tokens)
+        return len(self.tokens) + 1
 
 
 class RowDropped(Exception):
     """A sound row that does not become an example; the message is the reason to count it under."""
 
 
+class RowEncoder(Protocol):
+    """Rows of one task to the examples of one family of models.
+
+    `filler` is an example that weighs nothing, for a rank that has run out of rows.
+    """
+
+    template: TaskTemplate
+    filler: Example
+
+    def encode_all(self, rows: Sequence[Mapping[str, Any]]) -> Iterator["Encoded | RowDropped"]:
+        """What became of each row, in order."""
+        ...
+
+    def encode_prompt(self, row: Mapping[str, Any], room: int = 0) -> Any:
+        """What answers are made from: the row without its answer."""
+        ...
+
+
+class Encoded(NamedTuple):
+    """A row's examples, and whether its `truncate_field` was cut to fit."""
+
+    examples: list[Example]
+    cut: bool
+
+
 class Encoder:
-    """Rows to examples: one template, one tokenizer, one longest length.
+    """Rows to the examples of a GPT: prompt and answer in one text.
 
     Args:
         template: the row's task.
@@ -67,6 +108,7 @@ class Encoder:
         self.template = template
         self.tokenizer = tokenizer
         self.limit = encoder_seq_length
+        self.filler = Example([padding_token(tokenizer)])
         self.bos = self._special("bos", add_bos)
         self.eos = self._special("eos", add_eos)
         literal = template.pieces[-1][0].rstrip() if template.answer_field is not None else ""
@@ -94,9 +136,7 @@ class Encoder:
         prompt, answer = self.template.render(row)
         return self._example(row, self._tokens(prompt), self._answer_tokens(prompt, answer))
 
-    def encode_all(
-        self, rows: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[Example, bool] | RowDropped]:
+    def encode_all(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Encoded | RowDropped]:
         """`encode` for many rows at once, with the prompts tokenised on all cores."""
         texts = [self.template.render(row) for row in rows]
         if not texts:
@@ -104,7 +144,9 @@ class Encoder:
         prompts = self.tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)
         for row, (prompt, answer), tokens in zip(rows, texts, prompts["input_ids"], strict=True):
             try:
-                yield self._example(row, list(tokens), self._answer_tokens(prompt, answer))
+                answer_tokens = self._answer_tokens(prompt, answer)
+                example, cut = self._example(row, list(tokens), answer_tokens)
+                yield Encoded([example], cut)
             except RowDropped as dropped:
                 yield dropped
 
@@ -113,7 +155,7 @@ class Encoder:
     ) -> tuple[Example, bool]:
         if self.template.answer_field is not None and not answer:
             raise RowDropped("empty answer")
-        head, tail = self.bos + prompt, answer + self.eos
+        head, tail = self._framed(prompt), answer + self.eos
         cut = len(head) + len(tail) > self.limit
         if cut:
             head = self._fit(row, self.limit - len(tail))
@@ -131,10 +173,14 @@ class Encoder:
         Cut where it and `room` tokens more would not fit into `encoder_seq_length`; `RowDropped`
         where that cannot be done.
         """
-        prompt = self.bos + self._tokens(self.template.render(row, answer=False)[0])
+        prompt = self._framed(self._tokens(self.template.render(row, answer=False)[0]))
         if len(prompt) + room > self.limit:
             return self._fit(row, self.limit - room)
         return prompt
+
+    def _framed(self, prompt: list[int]) -> list[int]:
+        """A prompt's tokens with those that belong around them."""
+        return self.bos + prompt
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
         """The answer as it continues a prompt.
@@ -162,7 +208,7 @@ class Encoder:
 
         def head(kept: int) -> list[int]:
             prompt, _ = self.template.render({**row, name: text[: ends[kept]]}, answer=False)
-            return self.bos + self._tokens(prompt)
+            return self._framed(self._tokens(prompt))
 
         # ends[0] = 0 keeps nothing. The first length that is too long, less one:
         kept = bisect_left(range(len(ends)), True, key=lambda n: len(head(n)) > room) - 1
@@ -184,6 +230,14 @@ class Encoder:
         return sorted({0, *(end for _, end in spans)})
 
 
+def padding_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token to fill rows with: nothing attends to it and no label is it, so any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
 @dataclass
 class RowReport:
     """What became of the rows that were read: for `summary.json` and the log."""
@@ -191,25 +245,28 @@ class RowReport:
     rows: int = 0
     kept: int = 0
     cut: int = 0
+    examples: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     labels: int = 0
     longest: int = 0
 
-    def add(self, example: Example, cut: bool) -> None:
+    def add(self, encoded: Encoded) -> None:
         self.kept += 1
-        self.cut += cut
-        length = len(example.tokens) + 1
-        self.tokens += length
-        self.labels += len(example.labels)
-        self.longest = max(self.longest, length)
+        self.cut += encoded.cut
+        for example in encoded.examples:
+            self.examples += 1
+            self.tokens += example.length
+            self.labels += len(example.labels) if example.span is None else 2
+            self.longest = max(self.longest, example.length)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers; `tokens` and `longest` count whole rows, end token included."""
+        """Plain numbers; `tokens` and `longest` count whole examples, end token included."""
         return {
             "rows": self.rows,
             "kept": self.kept,
             "cut": self.cut,
+            "examples": self.examples,
             "dropped": dict(self.dropped),
             "tokens": self.tokens,
             "labels": self.labels,
@@ -218,8 +275,9 @@ class RowReport:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        windows = f" in {self.examples} windows" if self.examples > self.kept else ""
         return (
-            f"{self.rows} rows, {self.kept} kept, {self.cut} cut, "
+            f"{self.rows} rows, {self.kept} kept{windows}, {self.cut} cut, "
             f"{sum(self.dropped.values())} dropped{f' ({reasons})' if reasons else ''}; "
             f"{self.tokens} tokens, {self.labels} of them labels, longest row {self.longest}"
         )

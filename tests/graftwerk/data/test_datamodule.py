@@ -212,7 +212,7 @@ def test_the_report_counts_what_was_cut_and_dropped(config):
     config.encoder_seq_length = 32
     report = AnswerDataModule(config, tokenizer, seed=1).report
     assert report["train"].as_dict() | {"dropped": None} == {
-        "rows": 21, "kept": 21, "cut": 0, "dropped": None,
+        "rows": 21, "kept": 21, "cut": 0, "examples": 21, "dropped": None,
         "tokens": 21 * 10, "labels": 21 * 2, "longest": 10,
     }  # fmt: skip
     assert report["validation"].rows == 5

@@ -112,7 +112,7 @@ def test_many_rows_at_once_are_encoded_as_one_by_one():
     coder = encoder(limit=13, truncate_field="context")
     rows = [ROW, ROW | {"context": "a"}, ROW | {"answer": ""}, ROW | {"answer": "a b c d e f g"}]
     outcomes = list(coder.encode_all(rows))
-    assert outcomes[:2] == [coder.encode(row) for row in rows[:2]]
+    assert outcomes[:2] == [([e], cut) for e, cut in map(coder.encode, rows[:2])]
     assert [str(outcome) for outcome in outcomes[2:]] == [
         "empty answer",
         "longer than encoder_seq_length 13 without its context",
