@@ -137,7 +137,7 @@ class TorchSource:
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file."""
-        return self._tensors[name]
+        return aligned(self._tensors[name])
 
 
 class TorchFiles(TorchSource):
@@ -202,7 +202,7 @@ def _load_zip(files: Files, name: str) -> Any:
             size = count * dtype.value.itemsize
             if not 0 <= size <= len(raw):
                 raise ValueError(f"storage {key} has {len(raw)} bytes, not {size}")
-            return _typed(raw[:size], dtype.value)
+            return typed(raw[:size], dtype.value)
 
         return unpickle(described.numpy().tobytes(), _tensor_names(), storage)
 
@@ -221,11 +221,19 @@ def _stored(content: Tensor, window: io.RawIOBase, info: zipfile.ZipInfo) -> Ten
     return content[start : start + info.file_size]
 
 
-def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers; copied only where they do not lie on a multiple of a number's size."""
-    if raw.storage_offset() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype)
+def typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers, without a copy, even where they do not lie on a multiple of their size."""
+    start = raw.storage_offset()
+    storage = raw.untyped_storage()[start : start + len(raw)]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (len(raw) // dtype.itemsize,))  # type: ignore
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it does not lie on a multiple of its numbers' size.
+
+    Kernels may count on that; copying does not.
+    """
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _tensor_names() -> dict[tuple[str, str], Any]:
@@ -239,7 +247,7 @@ def _tensor_names() -> dict[tuple[str, str], Any]:
             raise ValueError(f"a tensor of shape {size} and strides {stride}")
         if math.prod(size) > len(storage) or (math.prod(size) and reach >= len(storage)):
             raise ValueError(f"a tensor of shape {size} in a storage of {len(storage)} numbers")
-        return storage.as_strided(size, stride, storage.storage_offset() + offset)
+        return storage.as_strided(size, stride, offset)
 
     def parameter(data: Tensor, *_: Any) -> Tensor:
         return data
