@@ -45,6 +45,7 @@ Dependency = Annotated[
 ]
 MaxTime = Annotated[str, Form(r"(\d+:){1,3}\d+", "a time as days:hours:minutes:seconds")]
 EnvName = Annotated[str, Form(r"[A-Za-z_]\w*", "the name of an environment variable")]
+EndString = Annotated[str, Form(r"(?s).+", "text that is not empty")]
 Monitor = Literal["val_loss", "train_loss"]
 NoPrompt = Literal["no-prompts"]
 Precision = Literal["bf16", "bf16-mixed", "bf16-true", 32, "32", "32-true"]
@@ -350,6 +351,7 @@ class IA3Model(_Learned):
     restore_from_path: Checkpoint | None = None  # NeMo PEFT's name of language_model_path
     revision: str | None = None
     head: Literal["question_answering"] | None = None
+    encoder_seq_length: Annotated[int, Range(2)] | None = None  # null: what the base reaches
     task_templates: list[TaskTemplate]
     data: Data
 
@@ -460,9 +462,17 @@ class EvalData:
 
 @keys
 class Inference:
-    greedy: Literal[True] = field(default=True, metadata=INERT)
+    """How answers are made: the likeliest tokens, or drawn ones."""
+
+    greedy: bool = True
+    temperature: Annotated[float, Range(0.001, 1000)] = 1.0
+    top_k: Count = 0
+    top_p: Annotated[float, Range(above=0, high=1)] = 1.0
+    repetition_penalty: Annotated[float, Range(0.001, 1000)] = 1.0
+    min_tokens_to_generate: Count = 0
     tokens_to_generate: Positive = 32
-    end_strings: list[str] = field(default_factory=list)
+    end_strings: list[EndString] = field(default_factory=list)
+    compute_logprob: bool = False
 
 
 @keys
@@ -478,7 +488,7 @@ class EvalModel:
     adapters: list[EvaluatedAdapter] | Literal["auto"] = "auto"
     evaluate_base: bool = True
     task_templates: list[TaskTemplate] | Literal["auto"] = "auto"
-    encoder_seq_length: Annotated[int, Range(2)] | Literal["auto"] = "auto"
+    encoder_seq_length: Annotated[int, Range(2)] | Literal["auto"] | None = "auto"
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
     inference: Inference = field(default_factory=Inference)

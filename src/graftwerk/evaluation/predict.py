@@ -9,8 +9,8 @@ from graftwerk.data.encoding import Encoder, RowDropped
 from graftwerk.data.jsonl import Row, read_rows
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
-from graftwerk.generation import generate
-from graftwerk.models import GPT
+from graftwerk.generation import Continuation, Ending, Sampling, complete
+from graftwerk.models import BERT, GPT, T5
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,41 +73,47 @@ def _prompt(encoder: Encoder, row: Row, room: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model says to a prompt: `text` without what ended it and without space around it.
+
+    `tokens` and `logprobs` are those of all that it produced, an end string's included and the
+    end of text left out; empty unless they are asked for.
+    """
+
+    text: str
+    tokens: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Answerer:
-    """How answers are decoded: greedy, `max_new_tokens` at most, up to one of `end_strings`."""
+    """How answers are decoded: by `sampling`, up to the end of text or one of its end strings."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    max_new_tokens: int
-    end_strings: tuple[str, ...] = ()
+    sampling: Sampling
     batch_size: int = 8
 
     def answer(
         self,
-        model: GPT,
+        model: GPT | T5 | BERT,
         prompts: Sequence[Sequence[int]],
         progress: Callable[[int], object] = lambda finished: None,
-    ) -> list[str]:
-        """The text behind each prompt, without what ends it and without space around it."""
-        eos = self.tokenizer.eos_token_id
-        added = generate(
+    ) -> list[Answer]:
+        """What the model says to each prompt. A prompt's place says what chance makes of it."""
+        ending = Ending(self.tokenizer, self.sampling)
+        rows = complete(
             model,
             prompts,
-            self.max_new_tokens,
-            eos_ids=[eos] if isinstance(eos, int) else [],
+            self.sampling,
+            eos_ids=ending.ids,
             batch_size=self.batch_size,
-            stop=self._ended if self.end_strings else None,
+            stop=ending if ending.strings else None,
             progress=progress,
         )
-        return [self._trimmed(self._text(tokens)) for tokens in added]
+        return [self._answer(row, ending.text(row.tokens).strip()) for row in rows]
 
-    def _text(self, tokens: list[int]) -> str:
-        text: Any = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
-    def _ended(self, tokens: list[int]) -> bool:
-        text = self._text(tokens)
-        return any(end in text for end in self.end_strings)
-
-    def _trimmed(self, text: str) -> str:
-        ends = [text.index(end) for end in self.end_strings if end in text]
-        return text[: min(ends, default=len(text))].strip()
+    def _answer(self, row: Continuation, text: str) -> Answer:
+        if not self.sampling.compute_logprob:
+            return Answer(text)
+        tokens: Any = self.tokenizer.convert_ids_to_tokens(row.tokens)
+        return Answer(text, tokens, row.logprobs)

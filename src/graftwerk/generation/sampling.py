@@ -4,8 +4,8 @@ The filters are those of `transformers`' logits processors, applied in its order
 penalty, temperature, top-k, top-p. Shapes: B rows, V tokens of the vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -43,25 +43,35 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        self._check("temperature", self.temperature > 0, "give more than 0")
+        factor = "give 0.001 to 1000; 1 changes nothing"
+        self._check("temperature", 1e-3 <= self.temperature <= 1e3, factor)
         self._check("top_k", self.top_k >= 0, "give at least 1, or 0 for all tokens")
         self._check("top_p", 0 < self.top_p <= 1, "give more than 0 and at most 1, which is all")
-        self._check(
-            "repetition_penalty", self.repetition_penalty > 0, "give more than 0; 1 is no penalty"
-        )
-        self._check("tokens_to_generate", self.tokens_to_generate >= 1, "give at least 1")
-        self._check("min_tokens_to_generate", self.min_tokens_to_generate >= 0, "give at least 0")
-        self._check(
-            "min_tokens_to_generate",
-            self.min_tokens_to_generate <= self.tokens_to_generate,
-            f"give at most tokens_to_generate={self.tokens_to_generate}",
-        )
+        self._check("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, factor)
+        most, least = self.tokens_to_generate, self.min_tokens_to_generate
+        self._check("tokens_to_generate", most >= 1, "give at least 1")
+        self._check("min_tokens_to_generate", least >= 0, "give at least 0")
+        most_advice = f"give at most {most}, as many as there may be"
+        self._check("min_tokens_to_generate", least <= most, most_advice)
         self._check("end_strings", all(self.end_strings), "an empty text would end every row")
-        self._check("seed", self.seed >= 0, "give at least 0", "model.")
+        self._check("seed", 0 <= self.seed < 2**64, "give 0 to 2^64 - 1", "model.")
 
     def _check(self, key: str, holds: bool, advice: str, prefix: str = "model.inference.") -> None:
         if not holds:
             raise OptionError(key, getattr(self, key), advice, prefix)
+
+    @classmethod
+    def from_keys(cls, inference: Mapping[str, Any], seed: int) -> "Sampling":
+        """The options that a stage's `model.inference` and `model.seed` hold."""
+        values = {key: inference[key] for key in inference if key != "end_strings"}
+        return cls(**values, end_strings=tuple(inference.get("end_strings") or ()), seed=seed)
+
+    @property
+    def idle(self) -> list[str]:
+        """Options that are set and not looked at, since `greedy` is."""
+        names = ("temperature", "top_k", "top_p") if self.greedy else ()
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     def choose(self, logits: Tensor, seen: Tensor | None, uniforms: Tensor | None) -> Tensor:
         """The next token of each row, [B].

@@ -24,6 +24,7 @@ from graftwerk.data.jsonl import read_rows, replacing, write_json
 from graftwerk.errors import UserError
 from graftwerk.evaluation.metrics import squad_scores
 from graftwerk.evaluation.predict import Answerer, Questions
+from graftwerk.generation import Sampling
 from graftwerk.models import GPT
 from graftwerk.training.trainer import device_of, precision_of
 from graftwerk.training.world import World
@@ -41,6 +42,7 @@ def run(cfg: DictConfig) -> int:
     """
     check(cfg)
     model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
+    sampling = Sampling.from_keys(model_cfg.inference, model_cfg.seed)
     truth = read_truth(data_files(model_cfg, "ground_truth_ds"))
     tokenizer = load_tokenizer(model_cfg.language_model_path)
     device = device_of(cfg.trainer, World.from_environment())
@@ -54,12 +56,9 @@ def run(cfg: DictConfig) -> int:
             f"model.data.ground_truth_ds has no answer for {len(unknown)} questions of "
             f"model.data.test_ds, such as id {unknown[0]!r}"
         )
-    answerer = Answerer(
-        tokenizer,
-        model_cfg.inference.tokens_to_generate,
-        tuple(model_cfg.inference.end_strings or ()),
-        model_cfg.data.batch_size,
-    )
+    if sampling.idle:
+        print(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
+    answerer = Answerer(tokenizer, sampling, model_cfg.data.batch_size)
     results = [
         evaluate(name, path, model, answerer, questions, truth, folder)
         for name, path in candidates(model_cfg)
@@ -81,8 +80,6 @@ def check(cfg: DictConfig) -> None:
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if (model.get(key) or 1) != 1:
             raise UserError(f"model.{key}={model[key]} is not supported yet: set it to 1")
-    if not model.inference.greedy:
-        raise UserError("model.inference.greedy=False is not supported yet: set it to True")
     for key in ("language_model_path", "adapters", "task_templates", "encoder_seq_length"):
         if model.get(key) == "auto":
             raise UserError(f"model.{key}=auto: no learning stage says what it is; give a value")
@@ -152,10 +149,13 @@ def evaluate(
     with replacing(folder / name / "predictions.jsonl") as file:
         for row, answer in zip(questions.rows, answers, strict=True):
             kept = {key: row[key] for key in ("id", "taskname", "question") if key in row}
-            line = {**kept, "pred": answer, "answer": truth[str(row["id"])]}
+            line = {**kept, "pred": answer.text, "answer": truth[str(row["id"])]}
+            if answerer.sampling.compute_logprob:
+                line |= {"tokens": answer.tokens, "logprobs": answer.logprobs}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
     ids = (str(row["id"]) for row in questions.rows)
-    scores = squad_scores(dict(zip(ids, answers, strict=True)), truth)
+    texts = (answer.text for answer in answers)
+    scores = squad_scores(dict(zip(ids, texts, strict=True)), truth)
     return {
         "name": name,
         "adapter": None if path is None else str(path),
