@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graftwerk.adapters.composition import Composition, names, resolve, widening, width
 from graftwerk.adapters.configs import MethodConfig
+from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.part import Part
 from graftwerk.adapters.slots import Slot, slots_of
 from graftwerk.errors import UserError
@@ -24,10 +25,11 @@ class AdapterModel(nn.Module):
         self.width = 1  # copies of the batch that the active composition needs
         self.widen_at: int | None = None  # the layer before which the batch is repeated
 
-    def add_adapter(self, name: str, config: MethodConfig) -> None:
+    def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
         """Creates an adapter's part in each slot that its method matches; activates nothing.
 
-        Parts are float32 on the device of the model's weights.
+        Parts are float32 on the device of the model's weights. On a model with a head for labels
+        the adapter gets its own copy of that, unless `head` is False.
 
         Raises:
             UserError: for a name that is taken or not usable.
@@ -41,6 +43,10 @@ class AdapterModel(nn.Module):
             part = config.create(slot.site)
             if part is not None:
                 slot.adapter_layer[name] = part.to(device).train(slot.training)
+        if head and self.label_head is not None:
+            heads = self._heads or Heads(self.get_submodule("head"))
+            heads.add(name)
+            self.head = heads
         self.adapters[name] = config
 
     def delete_adapter(self, name: str) -> None:
@@ -51,6 +57,9 @@ class AdapterModel(nn.Module):
         for slot in slots_of(self).values():
             if name in slot.adapter_layer:
                 del slot.adapter_layer[name]
+        heads = self._heads
+        if heads is not None and heads.remove(name):
+            self.head = heads.own
         del self.adapters[name]
 
     def set_active(self, composition: Composition | str | None) -> None:
@@ -64,6 +73,8 @@ class AdapterModel(nn.Module):
         slots = slots_of(self).values()
         for slot in slots:
             slot.active = resolve(composition, dict(slot.adapter_layer.items()))
+        if self._heads is not None:
+            self._heads.set_active(composition)
         self.active = composition
         self.width = width(composition)
         wide = widening(composition)
@@ -79,13 +90,38 @@ class AdapterModel(nn.Module):
                 assert isinstance(part, Part)
                 yield path, slot, part
 
+    @property
+    def label_head(self) -> str | None:
+        """The kind of head that adapters have copies of: one for labels, not one for words."""
+        kind = getattr(getattr(self, "config", None), "head", None)
+        return None if kind == "masked_lm" else kind
+
+    @property
+    def _heads(self) -> Heads | None:
+        head = getattr(self, "head", None)
+        return head if isinstance(head, Heads) else None
+
+    def head_of(self, name: str) -> nn.Module | None:
+        """The adapter's own head, if it has one."""
+        heads = self._heads
+        return (
+            heads.adapter_layer[name] if heads is not None and name in heads.adapter_layer else None
+        )
+
     def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """The adapter's weights by `<slot path>.<parameter>`, whatever the adapter is called."""
-        return {
+        """The adapter's weights by `<slot path>.<parameter>`, whatever the adapter is called.
+
+        Those of its head are `head.<parameter>`.
+        """
+        state = {
             f"{path}.{key}": value.detach()
             for path, _, part in self.parts(name)
             for key, value in part.state_dict().items()
         }
+        head = self.head_of(name)
+        if head is not None:
+            state |= {key: value.detach() for key, value in head.state_dict().items()}
+        return state
 
     def load_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
         """Copies weights into an adapter.
@@ -110,17 +146,22 @@ class AdapterModel(nn.Module):
                 value.copy_(state[key])
 
     def adapter_config(self, name: str) -> dict[str, Any]:
-        """The adapter's method and settings as plain values, for a file."""
+        """The adapter's method and settings as plain values, for a file; the kind of its head."""
         self._check_known(name)
         config: Any = self.adapters[name]
-        return {"method": type(config).__name__, **asdict(config)}
+        head = {} if self.head_of(name) is None else {"head": self.label_head}
+        return {"method": type(config).__name__, **asdict(config), **head}
 
     def freeze_base(self) -> None:
-        """Freezes every weight that is not an adapter's; adapters' become trainable."""
+        """Freezes every weight that is not an adapter's; adapters' and their heads' become
+        trainable."""
         self.requires_grad_(False)
         for name in self.adapters:
             for _, _, part in self.parts(name):
                 part.requires_grad_(True)
+            head = self.head_of(name)
+            if head is not None:
+                head.requires_grad_(True)
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:

@@ -1,7 +1,8 @@
 """Adapter files: our folder of YAML and safetensors, and NeMo's tar of YAML and a torch dict.
 
 A path that ends in `.nemo` gets NeMo's form, any other our folder; reading tells them apart by what
-is there. Both hold adapter weights and settings only, never the base.
+is there. Both hold adapter weights and settings only, never the base; on a model with a head for
+labels the adapter's own head too.
 """
 
 import io
@@ -64,8 +65,13 @@ def load_adapter(model: AdapterModel, path: str | Path, name: str | None = None)
     """
     config, state = read_adapter(path)
     name = name or str(config["name"])
-    method = method_of(config, path)
-    model.add_adapter(name, method)
+    method, head = method_of(config, path), config.get("head")
+    if head not in (None, model.label_head):
+        raise UserError(
+            f"{path} holds an adapter with a head for {head}, but the model's head is "
+            f"{model.label_head}: load the base with head {head}"
+        )
+    model.add_adapter(name, method, head=head is not None)
     try:
         model.load_adapter_state(name, state)
     except UserError as error:
