@@ -1,7 +1,6 @@
 """A composed configuration made complete, resolved and checked: all mistakes, then one error."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,14 @@ from launcher_scripts.notices import (
     one_line,
     without_effect,
 )
+from launcher_scripts.paths import check_paths
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
-from launcher_scripts.stages import STAGES, fill_auto
-from launcher_scripts.validate import check, fields_of, nearest, shown
+from launcher_scripts.stages import BASES, STAGES, fill_auto
+from launcher_scripts.validate import UNKNOWN, check, fields_of, nearest, shown
 
-LOCAL = ("bcp", "interactive")  # clusters whose stages run on this machine
+# An option of the groups that have no `gpt3/squad`.
+EXAMPLES = {"data_prep": "squad", "training": "gpt3/126m", "conversion": "gpt3/hf_to_nemo"}
 
 
 def finish(composition: Composition) -> list[str]:
@@ -73,8 +74,10 @@ class _Check:
             plain["eval"] = self._eval()
         for name in self.stages:
             if name in plain:
+                self._base(name, plain[name])
                 self._layout(name, plain[name])
-        self._paths(plain, plain_root)
+        if not self.problems:  # a path may be wrong because of what is reported already
+            self.notices += check_paths(self.cfg, self.stages, plain_root, self.report)
         if self.problems:
             raise Mistakes(self.problems)
         return [*self.notices, *without_effect(self.inert)]
@@ -145,7 +148,7 @@ class _Check:
             self.report(
                 name,
                 f"is {what}, but stages names it; choose a configuration, such as "
-                f"{name}={'squad' if name == 'data_prep' else 'gpt3/squad'}",
+                f"{name}={EXAMPLES.get(name, 'gpt3/squad')}",
             )
         return False
 
@@ -217,6 +220,33 @@ class _Check:
             names = ", ".join(dict.fromkeys(Path(f).name for f in missing))
             self.notices.append(f"data_prep runs first: {folder} has no {names} yet")
 
+    # -- the base
+
+    def _base(self, name: str, plain: Any) -> None:
+        """One checkpoint is named, by one key, and a revision only where it has some."""
+        model = plain.get("model") if isinstance(plain, dict) else None
+        if not isinstance(model, dict):
+            return
+        keys = (*BASES, "restore_path")
+        if "language_model_path" in model and UNKNOWN not in [model.get(key) for key in keys]:
+            named = {key: model[key] for key in BASES if model.get(key) is not None}
+            key = f"{name}.model.language_model_path"
+            if len(set(named.values())) > 1:
+                other = model["restore_from_path"]
+                self.report(
+                    f"{name}.model.restore_from_path",
+                    f"{other} is not {key}={model['language_model_path']}, and both name the "
+                    "base; set one of them to null",
+                )
+            elif not named and not model.get("restore_path"):
+                self.report(key, "is missing; it must be a path or a name of the Hub")
+        base = _base_path(model)
+        if model.get("revision") not in (None, "auto") and str(base).startswith("/"):
+            self.report(
+                f"{name}.model.revision",
+                f"{model['revision']} goes with a name of the Hub, not with the path {base}",
+            )
+
     # -- sizes
 
     def _layout(self, name: str, plain: Any) -> None:
@@ -241,7 +271,7 @@ class _Check:
             )
         else:
             self._batches(key, model, world // (tensor * pipeline))
-        shape = own_shape(model) if name == "training" else self._base_shape(model)
+        shape = own_shape(model) if name == "training" else self._base_shape(_base_path(model))
         if shape is not None:
             self._divides(key, shape, tensor, pipeline)
         if name == "training":
@@ -259,8 +289,14 @@ class _Check:
                 f"is of {micro * replicas}",
             )
 
-    def _base_shape(self, model: dict[str, Any]) -> Shape | None:
-        path = model.get("language_model_path")
+    def _base_shape(self, path: Any) -> Shape | None:
+        """The base's sizes, or those of the checkpoint that `conversion` makes it from."""
+        if "conversion" in self.stages:
+            source, made = (
+                resolved(self.cfg, f"conversion.model.{key}", "", _silent)
+                for key in ("checkpoint_folder", "output_path")
+            )
+            path = source if path == made else path
         return read_shape(path) if isinstance(path, str) and path != "auto" else None
 
     def _divides(self, key: str, shape: Shape, tensor: int, pipeline: int) -> None:
@@ -271,10 +307,13 @@ class _Check:
                     f"{key}.tensor_model_parallel_size",
                     f"{tensor} must divide the model's {field} {size}",
                 )
-        if shape.num_layers is not None and shape.num_layers % pipeline:
+        layers = shape.num_layers
+        if layers is not None and (layers + (shape.decoder_num_layers or 0)) % pipeline:
+            decoder = shape.decoder_num_layers
+            more = f" + decoder_num_layers {decoder}" if decoder else ""
             self.report(
                 f"{key}.pipeline_model_parallel_size",
-                f"{pipeline} must divide the model's num_layers {shape.num_layers}",
+                f"{pipeline} must divide the model's num_layers {layers}{more}",
             )
 
     def _architecture(self, key: str, model: dict[str, Any]) -> None:
@@ -300,61 +339,6 @@ class _Check:
                 f"{length} must be at most max_position_embeddings {positions}",
             )
 
-    # -- paths
-
-    def _paths(self, plain: dict[str, Any], root: dict[str, Any]) -> None:
-        """What a stage reads must exist, or be written by a stage before it."""
-        if self.problems:
-            return  # a path may be wrong because of what is reported already
-        kind = root["cluster_type"]
-        local = kind in LOCAL
-        if not local and root["container"] is not None:
-            return  # paths inside of the container
-        severe = local and not self.cfg.dry_run
-        written: list[str] = []
-        for name in self.stages:
-            if STAGES[name].learns:
-                self._other_place(name, written)
-            for key, path in self._read_keys(name):
-                if not os.path.exists(path) and not _covered(path, written):
-                    self._missing_path(f"{name}.{key}", path, severe)
-            written += STAGES[name].writes(self.cfg[name])
-            written.append(str(self.cfg[name].run.results_dir))
-        key_file = root.get("wandb_api_key_file")
-        if key_file is not None and not os.path.exists(key_file):
-            self._missing_path("wandb_api_key_file", key_file, severe)
-
-    def _missing_path(self, key: str, path: str, severe: bool) -> None:
-        what = f"{path} does not exist, and no stage before writes it"
-        if severe:
-            self.report(key, what)
-        else:
-            self.notices.append(f"warning: {key}: {path} does not exist on this machine")
-
-    def _read_keys(self, name: str) -> list[tuple[str, str]]:
-        """(key, path) of everything that `STAGES[name].reads` counts as a path."""
-        part = self.cfg[name]
-        paths = dict.fromkeys(STAGES[name].reads(part))
-        plain = OmegaConf.to_container(part, resolve=True)
-        leaves = {value: key for key, value in _text_leaves(plain)}
-        return [(leaves.get(str(path), ""), str(path)) for path in paths]
-
-    def _other_place(self, name: str, written: Sequence[str]) -> None:
-        """The checkpoint where the launcher's files have it, or where its documentation has it."""
-        path = OmegaConf.select(self.cfg[name], "model.language_model_path")
-        if not isinstance(path, str) or os.path.exists(path) or _covered(path, written):
-            return
-        given = Path(path)
-        if given.parent.name == "results":
-            other = given.parent.parent / given.name
-        else:
-            other = given.parent / "results" / given.name
-        if other.exists():
-            self.cfg[name].model.language_model_path = str(other)
-            self.notices.append(
-                f"{name}.model.language_model_path: {given} does not exist; taking {other}"
-            )
-
 
 def own_shape(model: dict[str, Any]) -> Shape:
     """The shape that a `training` configuration describes itself."""
@@ -370,6 +354,12 @@ def _size(values: dict[str, Any], key: str) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def _base_path(model: dict[str, Any]) -> Any:
+    """What a stage's model starts from: the same keys as in `stages.base_of`, and conversion's."""
+    keys = ("checkpoint_folder", *BASES, "restore_path")
+    return next((model[key] for key in keys if model.get(key) is not None), None)
+
+
 def _others(stage: str) -> list[str]:
     """The published launcher's names of a stage."""
     return [other for other, ours in RENAMED_STAGES.items() if ours == stage]
@@ -377,17 +367,3 @@ def _others(stage: str) -> list[str]:
 
 def _silent(key: str, what: str) -> None:
     """For values that are reported elsewhere."""
-
-
-def _covered(path: str, written: Sequence[str]) -> bool:
-    return any(path == made or path.startswith(made.rstrip("/") + "/") for made in written)
-
-
-def _text_leaves(value: Any, key: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        items = [(f"{key}.{k}" if key else str(k), v) for k, v in value.items()]
-    elif isinstance(value, list):
-        items = [(key, v) for v in value]
-    else:
-        return [(key, value)] if isinstance(value, str) else []
-    return [leaf for name, item in items for leaf in _text_leaves(item, name)]

@@ -21,6 +21,7 @@ usage: python3 main.py [KEY=VALUE ...] [FLAGS]
 stages, in their order
   data_prep         raw question answering data to JSONL files
   training          a GPT from scratch
+  conversion        a checkpoint in another format
   adapter_learning  bottleneck adapters on a frozen model
   ia3_learning      IA3 on a frozen model
   eval              base and adapters answer the test rows, scored side by side

@@ -215,7 +215,15 @@ class Plan:
             for o in self.values
             if o.key_or_group.split(".")[0] not in idle
         ]
-        return [*chosen, *values]
+        return [*chosen, *values, *self._one_base()]
+
+    def _one_base(self) -> list[str]:
+        """Who types one name of the base means it alone, not beside the YAML's other one."""
+        keys = {str(o.key_or_group) for o in self.values if o.value() is not None}
+        typed = (key.split(".") for key in keys if key.endswith(".model.restore_from_path"))
+        others = [f"{stage}.model.language_model_path" for stage, *_ in typed if stage in STAGES]
+        said = {str(o.key_or_group) for o in self.values}
+        return [f"++{key}=null" for key in others if key not in said]
 
     def idle(self) -> list[str]:
         """The words that set values of stages that are not composed."""

@@ -143,9 +143,8 @@ def _fill_base(model: DictConfig, learners: list[DictConfig]) -> None:
     if model.get("head") == "auto":
         model.head = base.model.get("head") if base is not None else None
     lengths = (cfg.model.get("encoder_seq_length") for cfg in learners)
-    length = next((value for value in lengths if value is not None), None)
-    if model.get("encoder_seq_length") == "auto" and length is not None:
-        model.encoder_seq_length = length
+    if model.get("encoder_seq_length") == "auto":
+        model.encoder_seq_length = next((length for length in lengths if length), None)
 
 
 def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:

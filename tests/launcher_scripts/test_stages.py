@@ -46,7 +46,7 @@ def names(cfg: DictConfig) -> list[str]:
 
 
 def test_stages_stand_in_canonical_order():
-    assert list(STAGES) == ["data_prep", "training", ADAPTER, IA3, "eval"]
+    assert list(STAGES) == ["data_prep", "training", "conversion", ADAPTER, IA3, "eval"]
 
 
 def test_eval_takes_every_adapter_of_the_same_run(tmp_path):

@@ -53,7 +53,7 @@ def test_their_stages_are_ours_where_we_have_them(command):
     assert "note: stages: evaluation is eval here" in answer.lines
 
 
-@pytest.mark.parametrize("stage", ["prompt_learning", "conversion", "fine_tuning", "export"])
+@pytest.mark.parametrize("stage", ["prompt_learning", "conversion_hf2nemo", "fine_tuning", "export"])
 def test_their_stages_that_we_do_not_have_are_refused_by_name(command, stage):
     answer = command(*words("23.11", f"stages=[adapter_learning,{stage}]"))
     assert answer.code == 2
@@ -75,7 +75,7 @@ def test_an_evaluation_that_we_do_not_have_is_refused(command):
     assert answer.code == 2
     assert answer.lines == [
         "evaluation: gpt3/evaluate_all (in config.yaml) is not here; choose one with "
-        "eval=gpt3/squad|t5/squad"
+        "eval=bert/squad|gpt3/squad|t5/squad"
     ]
 
 

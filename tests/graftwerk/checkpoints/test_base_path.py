@@ -23,10 +23,10 @@ def test_each_key_names_what_it_stands_for(model, base, adapter):
 
 
 def test_two_bases_are_refused_by_the_names_of_their_keys():
-    with pytest.raises(UserError, match="language_model_path=/a and model.restore_from_path=/b"):
+    with pytest.raises(UserError, match=r"language_model_path=/a and model.restore_from_path=/b"):
         base_of({"language_model_path": "/a", "restore_from_path": "/b"})
 
 
 def test_no_base_is_refused():
-    with pytest.raises(UserError, match="model.language_model_path is missing"):
+    with pytest.raises(UserError, match=r"model.language_model_path is missing"):
         base_of({"language_model_path": None})
