@@ -141,7 +141,9 @@ class _Check:
         if isinstance(part, DictConfig) and len(part):
             return True
         said = any(
-            line.startswith(f"{other}: ") for line in self.problems for other in _others(name)
+            line.startswith(f"{other}: ")
+            for line in self.problems
+            for other in (name, *_others(name))
         )
         if name in self.stages and not said:
             what = "null" if part is None else shown(part)

@@ -60,6 +60,7 @@ class Plan:
             self.needed |= {name for name in learners if self._exists(name)}
         if {"eval", *learners} & self.needed:
             self.needed.add("data_prep")  # may have to be put in front
+        self.lacking = [name for name in self.stages if self._lacks(name)]
 
     # -- what there is
 
@@ -116,6 +117,18 @@ class Plan:
         else:
             return True
         return False
+
+    def _lacks(self, stage: str) -> bool:
+        """Report an option of the defaults list that there is no file for, here or there."""
+        option = self._chosen(stage)
+        if not isinstance(option, str) or self.whole or self._exists(stage):
+            return False
+        self.problems.append(self._not_here(stage, option, stage))
+        return True
+
+    def _not_here(self, group: str, option: str, stage: str) -> str:
+        line = f"{group}: {option} (in {self.composer.name}.yaml) is not here; choose one with "
+        return line + f"{stage}={'|'.join(options_of(self.repo, stage))}"
 
     # -- what is asked for
 
@@ -238,7 +251,7 @@ class Plan:
         idle = {name for name in self.defaults if name in STAGES and name not in self.needed}
         if self.whole:  # leave out only what there is no file for
             idle = {name for name in idle if not self._exists(name)}
-        groups |= idle
+        groups |= {*idle, *self.lacking}
         return frozenset(groups)
 
     def _group_words(self) -> list[str]:
@@ -274,8 +287,7 @@ class Plan:
         ours = re.sub(r"^(adapter|ia3|prompt)_", "", option)
         if self.repo.config_exists(f"{stage}/{ours}"):
             return ours
-        line = f"{other}: {option} (in {self.composer.name}.yaml) is not here; choose one with "
-        line += f"{stage}={'|'.join(options_of(self.repo, stage))}"
+        line = self._not_here(str(other), option, stage)
         if stage in self.stages and line not in self.problems:
             self.problems.append(line)
         return None

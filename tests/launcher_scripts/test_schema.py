@@ -323,5 +323,4 @@ def test_eval_says_what_no_learning_stage_tells_it(command):
         "eval.model.language_model_path: auto, but no learning stage",
         "eval.model.adapters: auto",
         "eval.model.task_templates: auto",
-        "eval.model.encoder_seq_length: auto",
     )

@@ -53,7 +53,9 @@ def test_their_stages_are_ours_where_we_have_them(command):
     assert "note: stages: evaluation is eval here" in answer.lines
 
 
-@pytest.mark.parametrize("stage", ["prompt_learning", "conversion_hf2nemo", "fine_tuning", "export"])
+@pytest.mark.parametrize(
+    "stage", ["prompt_learning", "conversion_hf2nemo", "fine_tuning", "export"]
+)
 def test_their_stages_that_we_do_not_have_are_refused_by_name(command, stage):
     answer = command(*words("23.11", f"stages=[adapter_learning,{stage}]"))
     assert answer.code == 2
@@ -76,6 +78,16 @@ def test_an_evaluation_that_we_do_not_have_is_refused(command):
     assert answer.lines == [
         "evaluation: gpt3/evaluate_all (in config.yaml) is not here; choose one with "
         "eval=bert/squad|gpt3/squad|t5/squad"
+    ]
+
+
+def test_an_option_of_their_defaults_that_we_do_not_have_is_refused(command):
+    answer = command(*words("23.11", "stages=[conversion]"))
+    assert answer.code == 2
+    assert answer.lines == [
+        "conversion: gpt3/convert_gpt3 (in config.yaml) is not here; choose one with "
+        "conversion=gpt3/hf_to_nemo|gpt3/nemo_to_hf|gpt3/to_graftwerk|t5/hf_to_nemo|"
+        "t5/nemo_to_hf|t5/to_graftwerk"
     ]
 
 
