@@ -3,7 +3,6 @@
 The method is data: a stage's name and its `model` section say what is trained; the way is the same.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.adapters import method_from_config
 from graftwerk.checkpoints import save_adapter, save_base
-from graftwerk.checkpoints.base import find_checkpoint
+from graftwerk.checkpoints.base_path import base_of
 from graftwerk.checkpoints.resume import (
     DamagedCheckpoint,
     newest_checkpoint,
@@ -26,7 +25,7 @@ from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
 from graftwerk.training.callbacks import Interrupted
-from graftwerk.training.learner import Learner, build_learner, tokenizer_of
+from graftwerk.training.learner import Learner, build_learner, open_base, tokenizer_of
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
@@ -58,7 +57,8 @@ def run(stage: str, cfg: DictConfig) -> int:
     device = device_of(cfg.trainer, world)
     say = print if world.rank == 0 else _silence
     folder = log_folder(cfg)
-    tokenizer = tokenizer_of(stage, cfg.model)
+    base = open_base(stage, cfg.model)
+    tokenizer = tokenizer_of(cfg.model, base)
     data = AnswerDataModule(
         cfg.model,
         tokenizer,
@@ -66,11 +66,12 @@ def run(stage: str, cfg: DictConfig) -> int:
         world_size=world.size,
         seed=cfg.model.seed,
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
+        shape=None if base is None else base.config,
     )
     for name, report in data.report.items():
         say(f"{name}: {report}", flush=True)
     steps = Steps.of(cfg.trainer, data.steps_per_epoch)
-    learner = build_learner(stage, cfg, tokenizer, device)
+    learner = build_learner(stage, cfg, base, tokenizer, device)
     resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
     module, trainer, callbacks = assemble(cfg, learner, data, steps, world, device, folder, resumed)
     if resumed is not None:
@@ -112,25 +113,8 @@ def check(stage: str, cfg: DictConfig, world: World) -> None:
         raise UserError(
             f"model.nemo_path={model.nemo_path}: stage training writes a folder; leave out `.nemo`"
         )
-    if not model.get("language_model_path"):
-        raise UserError("model.language_model_path is missing: it names the base model")
-    _refuse_other_families(find_checkpoint(model.language_model_path))
+    base_of(model)
     method_from_config(model, stage)
-
-
-def _refuse_other_families(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        return
-    try:
-        kind = json.loads(config.read_text()).get("model_type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config} cannot be read: {error}") from None
-    if kind in ("t5", "mt5", "umt5"):
-        raise UserError(
-            f"model.language_model_path={folder} is a {kind} model: encoder-decoder models are not "
-            f"supported yet; use a GPT-2 or LLaMA checkpoint"
-        )
 
 
 def log_folder(cfg: DictConfig) -> Path:

@@ -10,7 +10,8 @@ def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     A sum, not a mean: the divisor is the weight of the global batch, which no micro-batch knows.
 
     Args:
-        logits: [N, V], any float type.
+        logits: [N, V], any float type. A BERT that marks spans has a score for each of a row's
+            tokens here, -inf at padding.
         labels: [N] int64.
         weights: [N] float32.
     """

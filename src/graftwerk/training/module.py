@@ -150,9 +150,7 @@ class LearningModule(pl.LightningModule):
 
     def _loss(self, micro: Batch) -> Tensor:
         with self._precision():
-            logits = self.model(
-                micro.tokens, micro.positions, micro.end, select=micro.label_positions
-            )
+            logits = self.model(**micro.inputs())
         return answer_loss(logits, micro.labels, micro.weights)
 
     def _precision(self) -> AbstractContextManager:
