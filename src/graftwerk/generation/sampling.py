@@ -81,16 +81,22 @@ class Sampling:
             seen: [B, V], the tokens that `repetition_penalty` is about; None: none.
             uniforms: [B] in [0, 1), what the draw makes of chance; None: greedy.
         """
-        if seen is not None:
-            logits = penalise(logits, seen, self.repetition_penalty)
         if uniforms is None:
-            return logits.argmax(-1)
-        logits = logits / self.temperature
+            return self.penalised(logits, seen).argmax(-1)
+        return draw(self.filtered(logits, seen), uniforms)
+
+    def penalised(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """The logits [B, V] of a greedy choice."""
+        return logits if seen is None else penalise(logits, seen, self.repetition_penalty)
+
+    def filtered(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """The logits [B, V] that tokens are drawn from."""
+        logits = self.penalised(logits, seen) / self.temperature
         if self.top_k:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p < 1:
             logits = keep_top_p(logits, self.top_p)
-        return draw(logits, uniforms)
+        return logits
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
