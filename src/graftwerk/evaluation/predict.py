@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graftwerk.data.encoding import Encoder, RowDropped
+from graftwerk.data.encoding import RowDropped, RowEncoder
 from graftwerk.data.jsonl import Row, read_rows
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Questions:
-    """Rows with an id, their prompts in tokens, and why others have none."""
+    """Rows with an id, what answers are made from, and why others have none.
+
+    `prompts` are what the encoder makes of a row without its answer: tokens, or a BERT's windows.
+    """
 
     rows: list[Row] = field(default_factory=list)
-    prompts: list[list[int]] = field(default_factory=list)
+    prompts: list[Any] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def read(cls, files: Sequence[str], encoders: Mapping[str, Encoder], room: int) -> "Questions":
+    def read(
+        cls, files: Sequence[str], encoders: Mapping[str, RowEncoder], room: int
+    ) -> "Questions":
         """All rows of some JSONL files whose prompts leave room for an answer.
 
         A prompt is cut, where its template allows it, to leave `room` tokens; one that may not be
@@ -53,7 +58,7 @@ class Questions:
         return questions
 
 
-def _encoder_of(row: Row, encoders: Mapping[str, Encoder], where: str) -> Encoder:
+def _encoder_of(row: Row, encoders: Mapping[str, RowEncoder], where: str) -> RowEncoder:
     name = row.get("taskname")
     if name is None and len(encoders) == 1:
         return next(iter(encoders.values()))
@@ -65,7 +70,7 @@ def _encoder_of(row: Row, encoders: Mapping[str, Encoder], where: str) -> Encode
     return encoders[name]
 
 
-def _prompt(encoder: Encoder, row: Row, room: int) -> list[int]:
+def _prompt(encoder: RowEncoder, row: Row, room: int) -> Any:
     try:
         return encoder.encode_prompt(row, room)
     except RowDropped:

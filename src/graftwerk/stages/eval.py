@@ -18,14 +18,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from graftwerk.checkpoints import load_adapter, load_base, load_tokenizer
+from graftwerk.checkpoints import load_adapter
+from graftwerk.checkpoints.adapter import read_adapter
+from graftwerk.checkpoints.base_path import base_of
 from graftwerk.data.datamodule import data_files, encoders_from_config
 from graftwerk.data.jsonl import read_rows, replacing, write_json
 from graftwerk.errors import UserError
 from graftwerk.evaluation.metrics import squad_scores
 from graftwerk.evaluation.predict import Answerer, Questions
+from graftwerk.evaluation.spans import SpanAnswerer
 from graftwerk.generation import Sampling
-from graftwerk.models import GPT
+from graftwerk.models import BERT, GPT, T5
+from graftwerk.training.base import Base, revision_of
 from graftwerk.training.trainer import device_of, precision_of
 from graftwerk.training.world import World
 
@@ -44,27 +48,30 @@ def run(cfg: DictConfig) -> int:
     model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
     sampling = Sampling.from_keys(model_cfg.inference, model_cfg.seed)
     truth = read_truth(data_files(model_cfg, "ground_truth_ds"))
-    tokenizer = load_tokenizer(model_cfg.language_model_path)
-    device = device_of(cfg.trainer, World.from_environment())
-    model = load_base(model_cfg.language_model_path, precision_of(cfg.trainer), device)
-    for adapter in model_cfg.adapters:
-        load_adapter(model, adapter.path, adapter.name)
-    questions = read_questions(model_cfg, model, tokenizer)
+    base = Base.open(base_of(model_cfg), revision_of(model_cfg), head_of(model_cfg))
+    tokenizer = base.tokenizer()
+    answerer = answerer_of(base, tokenizer, sampling, model_cfg.data.batch_size)
+    questions = read_questions(model_cfg, base, tokenizer)
     unknown = [str(row["id"]) for row in questions.rows if str(row["id"]) not in truth]
     if unknown:
         raise UserError(
             f"model.data.ground_truth_ds has no answer for {len(unknown)} questions of "
             f"model.data.test_ds, such as id {unknown[0]!r}"
         )
+    device = device_of(cfg.trainer, World.from_environment())
+    model = base.load(precision_of(cfg.trainer), device, model_cfg.seed)
+    for adapter in model_cfg.adapters:
+        load_adapter(model, adapter.path, adapter.name)
+    if base.fresh_head and model_cfg.evaluate_base:
+        print(f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one")
     if sampling.idle:
         print(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
-    answerer = Answerer(tokenizer, sampling, model_cfg.data.batch_size)
     results = [
         evaluate(name, path, model, answerer, questions, truth, folder)
         for name, path in candidates(model_cfg)
     ]
     metrics = {
-        "base_model": str(model_cfg.language_model_path),
+        "base_model": base.path,
         "questions": len(truth),
         "dropped": dict(questions.dropped),
         "results": results,
@@ -106,16 +113,34 @@ def read_truth(files: list[str]) -> dict[str, list[str]]:
     return truth
 
 
-def read_questions(model_cfg: DictConfig, model: GPT, tokenizer: Any) -> Questions:
+def head_of(model_cfg: DictConfig) -> str | None:
+    """`model.head`; where it is not given, the head that an adapter's file holds."""
+    if model_cfg.get("head") not in (None, "auto"):
+        return str(model_cfg.head)
+    heads = (read_adapter(adapter.path)[0].get("head") for adapter in model_cfg.adapters)
+    return next((str(head) for head in heads if head is not None), None)
+
+
+def answerer_of(
+    base: Base, tokenizer: Any, sampling: Sampling, batch_size: int
+) -> Answerer | SpanAnswerer:
+    """What makes a model's answers: a BERT marks them, the others write them."""
+    if base.config.architecture == "bert":
+        return SpanAnswerer(sampling, batch_size)
+    return Answerer(tokenizer, sampling, batch_size)
+
+
+def read_questions(model_cfg: DictConfig, base: Base, tokenizer: Any) -> Questions:
     """The questions of `test_ds`, under the templates of training, within the model's positions."""
-    positions = model.config.max_position_embeddings
+    positions, length = base.config.max_position_embeddings, model_cfg.encoder_seq_length
     bounded = OmegaConf.merge(model_cfg)
-    with open_dict(bounded):
-        bounded.encoder_seq_length = min(model_cfg.encoder_seq_length, positions)
+    if positions and length:
+        with open_dict(bounded):
+            bounded.encoder_seq_length = min(length, positions)
     assert isinstance(bounded, DictConfig)
     questions = Questions.read(
         data_files(model_cfg, "test_ds"),
-        encoders_from_config(bounded, tokenizer),
+        encoders_from_config(bounded, tokenizer, base.config),
         model_cfg.inference.tokens_to_generate,
     )
     if not questions.rows:
@@ -134,8 +159,8 @@ def candidates(model_cfg: DictConfig) -> Iterator[tuple[str, Path | None]]:
 def evaluate(
     name: str,
     path: Path | None,
-    model: GPT,
-    answerer: Answerer,
+    model: GPT | T5 | BERT,
+    answerer: Answerer | SpanAnswerer,
     questions: Questions,
     truth: dict[str, list[str]],
     folder: Path,

@@ -156,7 +156,6 @@ def test_questions_that_do_not_fit_are_counted_and_score_zero(cfg: DictConfig, c
     ("change", "message"),
     [
         ({"model.adapters": "auto"}, "model.adapters=auto"),
-        ({"model.inference.greedy": False}, "model.inference.greedy=False"),
         ({"model.tensor_model_parallel_size": 2}, "tensor_model_parallel_size=2"),
         ({"model.data.test_ds": []}, "model.data.test_ds is empty"),
         ({"model.adapters": [], "model.evaluate_base": False}, "nothing to evaluate"),
