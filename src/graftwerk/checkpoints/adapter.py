@@ -21,7 +21,9 @@ from torch import Tensor
 
 from graftwerk.adapters.configs import METHODS, MethodConfig
 from graftwerk.adapters.model import AdapterModel
+from graftwerk.checkpoints.archive import open_tar
 from graftwerk.checkpoints.base import replace_path
+from graftwerk.checkpoints.torch_files import load_mapped
 from graftwerk.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.yaml", "adapter.safetensors"
@@ -100,6 +102,8 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     read: Callable[[Path], tuple[Any, Any]] = _read_folder if path.is_dir() else _read_nemo
     try:
         config, state = read(path)
+    except UserError:
+        raise
     except (OSError, KeyError, tarfile.TarError, yaml.YAMLError, SafetensorError) as error:
         raise UserError(f"{path} is no adapter that can be read: {error}") from None
     except Exception as error:  # torch's reader raises many kinds for a damaged file
@@ -116,21 +120,15 @@ def _read_folder(path: Path) -> tuple[Any, Any]:
 
 
 def _read_nemo(path: Path) -> tuple[Any, Any]:
-    with tarfile.open(path) as tar:
-        members = {os.path.normpath(m.name): m for m in tar.getmembers() if m.isfile()}
-        config = members[os.path.normpath(NEMO_CONFIG)]
-        if config.size > LARGEST_CONFIG:
-            raise KeyError(f"{config.name} has {config.size} bytes")
-        settings = yaml.safe_load(_content(tar, config))
-        weights = io.BytesIO(_content(tar, members[os.path.normpath(NEMO_WEIGHTS)]))
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    return settings, state
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, "only regular members are asked for"
-    return file.read()
+    config, weights = (os.path.normpath(name) for name in (NEMO_CONFIG, NEMO_WEIGHTS))
+    with open_tar(path) as files:
+        settings = yaml.safe_load(files.read(config, LARGEST_CONFIG))
+        state = load_mapped(files, weights)
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: its weights must be tensors by name")
+        # Copies: the file may be replaced while the adapter is in use.
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    return settings, own
 
 
 def _write_nemo(path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -188,7 +188,10 @@ class DistributedSource:
             for offsets, place in places.get(name, []):
                 offsets = (0,) * len(described.size) if offsets is None else offsets
                 chunks.append(Chunk(offsets, sizes[offsets], self._torch_chunk(place)))
-            yield name, Chunked(described.size, described.properties.dtype, chunks)
+            dtype = described.properties.dtype
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{name} has no type")
+            yield name, Chunked(described.size, dtype, chunks)
 
     def _torch_chunk(self, place: Any) -> Callable[[], Tensor]:
         file = f"{self._folder}/{place.relative_path}"
@@ -261,8 +264,9 @@ class _Record:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+        if isinstance(state, tuple):  # TensorProperties: the type comes first
+            state = {"dtype": state[0]}
+        self.__dict__.update(state)
 
 
 def _metadata_names() -> dict[tuple[str, str], Any]:

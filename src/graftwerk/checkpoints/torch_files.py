@@ -11,6 +11,7 @@ import math
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -163,7 +164,7 @@ def load_mapped(files: Files, name: str) -> Any:
         if start == b"PK\x03\x04":
             return _load_zip(files, name)
         # Before torch 1.6: one stream without a table of contents, so it is read whole.
-        with files.open(name) as window:
+        with files.open(name) as window, warnings.catch_warnings(action="ignore"):
             return torch.load(io.BufferedReader(window), map_location="cpu", weights_only=True)
     except UserError:
         raise
