@@ -1,8 +1,9 @@
-"""`python3 -m graftwerk`: what a job runs on a node, and two small commands.
+"""`python3 -m graftwerk`: what a job runs on a node, and small commands.
 
     python3 -m graftwerk STAGE CONFIG.yaml
     python3 -m graftwerk score PREDICTIONS GROUND_TRUTH
     python3 -m graftwerk generate --model MODEL [--adapter ADAPTER] --prompt TEXT
+    python3 -m graftwerk inspect CHECKPOINT_OR_ADAPTER [--json]
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 checkpointed and to be requeued.
 """
@@ -20,12 +21,14 @@ from graftwerk.errors import UserError
 LEARNING = ("training", "adapter_learning", "ia3_learning")
 STAGES = {
     "data_prep": "graftwerk.stages.data_prep",
+    "conversion": "graftwerk.stages.conversion",
     **dict.fromkeys(LEARNING, "graftwerk.stages.learning"),
     "eval": "graftwerk.stages.eval",
 }
 COMMANDS = {
     "score": "graftwerk.evaluation.score",
     "generate": "graftwerk.generation.command",
+    "inspect": "graftwerk.checkpoints.inspect",
 }
 FAILED, WRONG_INPUT = 1, 2
 
@@ -75,6 +78,9 @@ def guarded(argv: list[str]) -> int:
     """`main` with errors turned into messages and exit codes."""
     try:
         code = main(argv)
+    except BrokenPipeError:  # `... inspect FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except UserError as error:
         if first_rank():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
