@@ -1,196 +1,228 @@
-"""Hugging Face's layout: `config.json` beside safetensors, under the names of `transformers`.
-
-An architecture is two functions: its `config.json` to a `TransformerConfig`, and that to the table
-of where each of our parameters comes from.
-"""
+"""Hugging Face's layout: `config.json` beside weights, under the names of `transformers`."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from graftwerk.checkpoints.tensors import Source
+from graftwerk.checkpoints.base import SHARD_BYTES, Checkpoint, cast, has_tokenizer, replace_path
+from graftwerk.checkpoints.families import FAMILIES, Family, Raw
+from graftwerk.checkpoints.layout import Entry, Table
+from graftwerk.checkpoints.shards import write_shards
+from graftwerk.checkpoints.tensors import SafeTensors, TensorSource, weight_files
+from graftwerk.checkpoints.torch_files import TorchFiles
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 
-Table = dict[str, Source]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
-def read_config(folder: Path) -> tuple[TransformerConfig, Table, Callable[[str], bool]]:
-    """The model's shape, the table of its tensors, and which file tensors are no weights.
+def open_folder(folder: Path) -> Checkpoint:
+    """Opens a folder in Hugging Face layout.
 
     Raises:
-        UserError: for an architecture or an option of it that is not known.
+        UserError: for an architecture or an option of it that is not known, and damaged files.
     """
     path = folder / "config.json"
+    values, family = read_config(path)
+    files = weight_files(folder, SAFETENSORS)
+    safe = bool(files)
+    files = files or weight_files(folder, PICKLED)
+    if not files:
+        raise UserError(
+            f"{folder}: there are no weights: '{SAFETENSORS}' or '{PICKLED}', whole or in shards, "
+            f"is missing"
+        )
+    source: TensorSource = SafeTensors(files) if safe else TorchFiles(files)
     try:
-        raw = json.loads(path.read_text())
+        config = to_config(family, values, path, source.names)
+        config = _tie(config, family, source)
+        table = family.table(config)
+        if family.root and not any(name.startswith(f"{family.root}.") for name in source.names):
+            table = _without_root(table, family.root)
+    except BaseException:
+        source.__exit__(None, None, None)
+        raise
+    return Checkpoint(
+        path=folder,
+        format="huggingface",
+        variant=family.model_type,
+        config=config,
+        table=table,
+        source=source,
+        ignored=family.ignored,
+        files=files,
+        tokenizer=folder if has_tokenizer(folder) else None,
+    )
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Family]:
+    """A `config.json` and the family that it names."""
+    try:
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{path}: model_type {kind!r} is not known; those that are: {known}")
-    shape, tensors, ignore = ARCHITECTURES[kind]
+    if values.get("quantization_config"):
+        raise UserError(f"{path}: quantized weights are not supported: use the original ones")
+    return values, FAMILIES[kind]
+
+
+def to_config(
+    family: Family, values: dict[str, Any], path: Path, tensors: Set[str]
+) -> TransformerConfig:
+    """Our config of a `config.json`; `tensors` are the names that the weight files hold."""
     try:
-        config = shape(raw, path)
-    except KeyError as error:
-        raise UserError(f"{path}: the key {error} is missing") from None
-    return config, tensors(config), ignore
+        return family.to_config(Raw(values, path, tensors))
+    except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: a value of it cannot be used: {type(error).__name__}: {error}"
+        ) from None
 
 
-def _activation(raw: dict[str, Any], key: str, known: dict[str, str], path: Path) -> str:
-    if raw[key] not in known:
-        raise UserError(f"{path}: {key}={raw[key]!r} is not known: one of {', '.join(known)}")
-    return known[raw[key]]
+def _tie(config: TransformerConfig, family: Family, source: TensorSource) -> TransformerConfig:
+    """T5's files may hold the output weights whether or not they are the embeddings'."""
+    if config.architecture != "t5" or config.share_embeddings_and_output_weights:
+        return config
+    table = family.table(config)
+    names = [
+        table[f"{ours}.weight"].names[0] for ours in ("output_layer", "embedding.word_embeddings")
+    ]
+    if not set(names) <= source.names:
+        return config
+    output, words = (source.read(name) for name in names)
+    same = output.shape == words.shape and torch.equal(output, words)
+    return replace(config, share_embeddings_and_output_weights=same)
 
 
-def fuse_qkv(query: Tensor, key: Tensor, value: Tensor, head_size: int) -> Tensor:
-    """Rows of q, k and v in Megatron's order: for each group its q heads, its key, its value.
+def _without_root(table: Table, root: str) -> Table:
+    """The table for files of the bare model, whose names lack the root."""
+    return {
+        ours: Entry(tuple(name.removeprefix(f"{root}.") for name in entry.names), entry.reshape)
+        for ours, entry in table.items()
+    }
 
-    Weights [heads d, h] and [groups d, h] give [(heads + 2 groups) d, h]; biases likewise.
+
+def family_of(config: TransformerConfig, model_type: str | None = None) -> Family:
+    """The family that can say all of a config: the named one, or the first that can.
+
+    Raises:
+        UserError: where none can, naming what stands in the way.
     """
-    groups = key.shape[0] // head_size
-    blocks = [part.unflatten(0, (groups, -1)) for part in (query, key, value)]
-    return torch.cat(blocks, 1).flatten(0, 1)
-
-
-def _gpt2_shape(raw: dict[str, Any], path: Path) -> TransformerConfig:
-    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if raw.get(key, usual) is not usual:
-            raise UserError(f"{path}: {key}={raw[key]} is not supported; only {usual} is")
-    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-    return TransformerConfig(
-        vocab_size=raw["vocab_size"],
-        num_layers=raw["n_layer"],
-        hidden_size=raw["n_embd"],
-        num_attention_heads=raw["n_head"],
-        ffn_hidden_size=raw.get("n_inner") or 4 * raw["n_embd"],
-        max_position_embeddings=raw["n_positions"],
-        layernorm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(
-            {"activation_function": "gelu_new", **raw}, "activation_function", activations, path
-        ),
-        share_embeddings_and_output_weights=raw.get("tie_word_embeddings", True),
+    if model_type is not None and model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"Hugging Face model_type {model_type!r} is not known: one of {known}")
+    plain = _without_dropout(config)
+    candidates = list(FAMILIES.values()) if model_type is None else [FAMILIES[model_type]]
+    nearest: tuple[int, str, str] | None = None
+    for family in candidates:
+        differing = _cannot_say(family, plain)
+        if not differing:
+            return family
+        if nearest is None or len(differing) < nearest[0]:
+            nearest = (len(differing), family.model_type, ", ".join(differing))
+    assert nearest is not None
+    raise UserError(
+        f"the model cannot be written as Hugging Face's {nearest[1]}, the nearest of "
+        f"{', '.join(f.model_type for f in candidates)}: it cannot say {nearest[2]}"
     )
 
 
-def _gpt2_tensors(config: TransformerConfig) -> Table:
-    def transposed(weight: Tensor) -> Tensor:  # GPT-2's Conv1D holds [in, out]
-        return weight.t()
-
-    def qkv(fused: Tensor) -> Tensor:
-        query, key, value = (fused.t() if fused.ndim > 1 else fused).chunk(3)
-        return fuse_qkv(query, key, value, config.kv_channels)
-
-    table = {
-        "embedding.word_embeddings.weight": Source(("wte.weight",)),
-        "embedding.position_embeddings.weight": Source(("wpe.weight",)),
-        "decoder.final_layernorm.weight": Source(("ln_f.weight",)),
-        "decoder.final_layernorm.bias": Source(("ln_f.bias",)),
-    }
-    for i in range(config.num_layers):
-        for ours, theirs, weight in (
-            ("input_layernorm", "ln_1", None),
-            ("self_attention.linear_qkv", "attn.c_attn", qkv),
-            ("self_attention.linear_proj", "attn.c_proj", transposed),
-            ("pre_mlp_layernorm", "ln_2", None),
-            ("mlp.linear_fc1", "mlp.c_fc", transposed),
-            ("mlp.linear_fc2", "mlp.c_proj", transposed),
-        ):
-            for kind in ("weight", "bias"):
-                source = Source((f"h.{i}.{theirs}.{kind}",))
-                if weight is not None and (kind == "weight" or weight is qkv):
-                    source = Source(source.names, weight)
-                table[f"decoder.layers.{i}.{ours}.{kind}"] = source
-    table = {
-        ours: Source(tuple(f"transformer.{n}" for n in source.names), source.build)
-        for ours, source in table.items()
-    }
-    if not config.share_embeddings_and_output_weights:
-        table["output_layer.weight"] = Source(("lm_head.weight",))
-    return table
+def _cannot_say(family: Family, config: TransformerConfig) -> list[str]:
+    """The fields of a config that are lost on the way to a family's `config.json` and back."""
+    if config.head not in family.classes:
+        return [f"head={config.head}"]
+    path = Path(f"{family.model_type}'s config.json")
+    try:
+        raw = {**family.from_config(config), "architectures": [family.classes[config.head]]}
+        names = {name for entry in family.table(config).values() for name in entry.names}
+        back = family.to_config(Raw(raw, path, names)).to_dict()
+    except (UserError, StopIteration, KeyError, ZeroDivisionError) as error:
+        return [str(error)]
+    return [f"{key}={value}" for key, value in config.to_dict().items() if back[key] != value]
 
 
-def _llama_shape(raw: dict[str, Any], path: Path) -> TransformerConfig:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{path}: rotary scaling {kind!r} is not supported; only 'default' is")
-    if raw.get("mlp_bias", False) != raw.get("attention_bias", False):
-        raise UserError(f"{path}: mlp_bias and attention_bias must be the same")
-    return TransformerConfig(
-        vocab_size=raw["vocab_size"],
-        num_layers=raw["num_hidden_layers"],
-        hidden_size=raw["hidden_size"],
-        num_attention_heads=raw["num_attention_heads"],
-        num_query_groups=raw.get("num_key_value_heads") or 0,
-        kv_channels=raw.get("head_dim") or 0,
-        ffn_hidden_size=raw["intermediate_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
-        normalization="rmsnorm",
-        layernorm_epsilon=raw.get("rms_norm_eps", 1e-6),
-        position_embedding_type="rope",
-        rotary_base=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        activation=_activation(
-            {"hidden_act": "silu", **raw},
-            "hidden_act",
-            {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"},
-            path,
-        ),
-        bias=raw.get("attention_bias", False),
-        qkv_bias=raw.get("attention_bias", False),
-        share_embeddings_and_output_weights=raw.get("tie_word_embeddings", False),
-    )
+def _without_dropout(config: TransformerConfig) -> TransformerConfig:
+    """What training set for itself is no part of a model's form."""
+    zero = dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), 0.0)
+    return replace(config, init_method_std=0.02, **zero)
 
 
-def _llama_tensors(config: TransformerConfig) -> Table:
-    def qkv(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return fuse_qkv(query, key, value, config.kv_channels)
+def write_folder(
+    config: TransformerConfig,
+    read: Callable[[str], Tensor],
+    path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str], object] = lambda name: None,
+) -> str:
+    """Writes a model as `transformers` reads it, and returns its `model_type`.
 
-    def joined(gate: Tensor, up: Tensor) -> Tensor:
-        return torch.cat([gate, up])
+    Written beside the path first, tensor by tensor, and renamed when it is whole.
 
-    table = {
-        "embedding.word_embeddings.weight": Source(("model.embed_tokens.weight",)),
-        "decoder.final_layernorm.weight": Source(("model.norm.weight",)),
-    }
-    kinds = ("weight", "bias") if config.bias else ("weight",)
-    for i in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
-        table[f"{ours}.input_layernorm.weight"] = Source((f"{theirs}.input_layernorm.weight",))
-        table[f"{ours}.pre_mlp_layernorm.weight"] = Source(
-            (f"{theirs}.post_attention_layernorm.weight",)
-        )
-        for kind in kinds:
-            table[f"{ours}.self_attention.linear_qkv.{kind}"] = Source(
-                tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"), qkv
-            )
-            table[f"{ours}.self_attention.linear_proj.{kind}"] = Source(
-                (f"{theirs}.self_attn.o_proj.{kind}",)
-            )
-            table[f"{ours}.mlp.linear_fc1.{kind}"] = Source(
-                tuple(f"{theirs}.mlp.{part}_proj.{kind}" for part in ("gate", "up")), joined
-            )
-            table[f"{ours}.mlp.linear_fc2.{kind}"] = Source((f"{theirs}.mlp.down_proj.{kind}",))
-    if not config.share_embeddings_and_output_weights:
-        table["output_layer.weight"] = Source(("lm_head.weight",))
-    return table
+    Args:
+        read: one whole parameter of ours by name.
+        model_type: the family; None: the first that can say all of the config.
+        dtype: of the written weights; None: as read.
+
+    Raises:
+        UserError: where no family can hold the model.
+    """
+    family, path = family_of(config, model_type), Path(path)
+    table = family.table(_without_dropout(config))
+    homes = {name: ours for ours, entry in table.items() for name in entry.names}
+    held: dict[str, dict[str, Tensor]] = {}  # of one parameter at a time: q, k and v of one
+    written: set[torch.dtype] = set()
+
+    def read_theirs(name: str) -> Tensor:
+        ours = homes[name]
+        if ours not in held:
+            held.clear()
+            entry = table[ours]
+            held[ours] = dict(zip(entry.names, entry.reshape.split(read(ours)), strict=True))
+        tensor = cast(held[ours][name], dtype)
+        written.add(tensor.dtype)
+        return tensor
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        write_shards(partial, homes, read_theirs, SHARD_BYTES, progress)
+        values = {
+            "architectures": [family.classes[config.head]],
+            "model_type": family.model_type,
+            **_token_ids(tokenizer),
+            **family.from_config(config),  # last: RoBERTa's positions hang on its padding token
+        }
+        if len(written) == 1:
+            values["torch_dtype"] = str(written.pop()).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+        replace_path(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return family.model_type
 
 
-def _gpt2_buffers(name: str) -> bool:
-    return name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight"
-
-
-def _llama_buffers(name: str) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
-
-
-# model_type -> (shape, table of tensors, file tensors that are no weights: masks, tied copies)
-ARCHITECTURES = {
-    "gpt2": (_gpt2_shape, _gpt2_tensors, _gpt2_buffers),
-    "llama": (_llama_shape, _llama_tensors, _llama_buffers),
-}
+def _token_ids(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    """The ids of special tokens that generation reads off a `config.json`."""
+    if tokenizer is None:
+        return {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: value for name in names if (value := getattr(tokenizer, name)) is not None}

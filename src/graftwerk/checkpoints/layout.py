@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Reshape:
-    """Between the tensors of a file and one of ours. This one changes nothing: one tensor, as it is.
+    """Between the tensors of a file and one of ours. This one takes one tensor as it is.
 
     `join(parts(tensors))` is ours. Parts are views that split over ranks alike: the share of ours
     is the join of the parts' shares. `split` is the way back.

@@ -1,108 +1,245 @@
-"""Tensors from safetensors files, one at a time, and their way into a model on the meta device."""
+"""Tensors of files, one at a time, and their way into a model on the meta device."""
 
+import difflib
 import json
-from collections.abc import Callable, Iterable
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from graftwerk.checkpoints.layout import Entry, Table
 from graftwerk.errors import UserError
+from graftwerk.parallel.tensor import layout_of, share_of
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LARGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
-class TensorReader:
-    """The tensors of a folder: one `model.safetensors`, or shards listed by an index file.
-
-    Files are mapped, and a tensor is read when it is asked for.
-
-    Raises:
-        UserError: where files are missing or damaged.
-    """
-
-    def __init__(self, folder: Path):
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            shards = ["model.safetensors"]
-        for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise UserError(f"{folder}: the weights file {shard!r} is missing")
-            try:
-                file: Any = safe_open(folder / shard, framework="pt")
-                self._files.update(dict.fromkeys(self._stack.enter_context(file).keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / shard} cannot be read: {error}") from None
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+class TensorSource(Protocol):
+    """The tensors of a checkpoint's files, whatever the files are. A context manager."""
 
     @property
     def names(self) -> set[str]:
         """All tensors that the files hold."""
-        return set(self._files)
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of a tensor, without reading it."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, without reading it."""
+        ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor in the file's type."""
+        """One tensor: a view of the mapped file where that can be. It is not to be changed."""
+        ...
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class SafeTensors:
+    """The tensors of some safetensors files, mapped into memory.
+
+    Raises:
+        UserError: where a file is missing or damaged, or holds a type that no model has.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in files:
+            try:
+                file: Any = self._stack.enter_context(safe_open(path, framework="pt"))
+                headers = read_header(path)
+            except (SafetensorError, OSError, ValueError, struct.error) as error:
+                self._stack.close()
+                raise UserError(f"{path} cannot be read: {error}") from None
+            self._files.update(dict.fromkeys(headers, file))
+            self._headers.update(headers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._headers[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._headers[name][1]
+        if kind not in SAFETENSORS_DTYPES:
+            known = ", ".join(SAFETENSORS_DTYPES)
+            raise UserError(f"the tensor {name} is of type {kind}; those that are read: {known}")
+        return SAFETENSORS_DTYPES[kind]
+
+    def read(self, name: str) -> Tensor:
+        self.dtype(name)
         return self._files[name].get_tensor(name)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where one of our parameters comes from: file tensors and what makes one of them all."""
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, type) of each tensor of a safetensors file, from its header alone."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > LARGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(file.read(length))
+    return {
+        name: (tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
-    names: tuple[str, ...]
-    build: Callable[..., Tensor] = lambda tensor: tensor
+
+def weight_files(folder: Path, single: str) -> list[Path]:
+    """The file `single` of a folder, or the shards that `<single>.index.json` lists; else none.
+
+    Raises:
+        UserError: naming every shard that is missing.
+    """
+    index = folder / f"{single}.index.json"
+    if not index.is_file():
+        return [folder / single] if (folder / single).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read: {type(error).__name__}: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: {name!r} is no file beside it")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: weight files are missing: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def read_parameter(entry: Entry, source: TensorSource) -> Tensor:
+    """One whole parameter of ours, in the file's type."""
+    parts = entry.reshape.parts([source.read(name) for name in entry.names])
+    return entry.reshape.join(parts)
+
+
+def check_names(
+    table: Table, source: TensorSource, path: Path, ignored: Callable[[str], bool]
+) -> None:
+    """Raises a UserError that names every missing and unknown tensor, with the nearest name."""
+    used = {name for entry in table.values() for name in entry.names}
+    have = source.names
+    unknown = {name for name in have - used if not ignored(name)}
+    mistakes = []
+    for name in _in_ranges(used - have):
+        near = difflib.get_close_matches(name, _in_ranges(unknown), 1)
+        mistakes.append(f"missing {name}" + (f" (there is {near[0]})" if near else ""))
+    mistakes += [f"unknown {name}" for name in _in_ranges(unknown)]
+    refuse(path, mistakes)
+
+
+def _in_ranges(names: Iterable[str]) -> list[str]:
+    """Names that differ in their first number alone as one: `layers.[0-3,7].mlp.weight`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    single = []
+    for name in names:
+        match = re.search(r"(?<=\.)\d{1,9}(?=\.)", name)
+        if match is None:
+            single.append(name)
+        else:
+            ends = name[: match.start()], name[match.end() :]
+            groups.setdefault(ends, []).append(int(match.group()))
+    for (start, end), numbers in groups.items():
+        ranges = []
+        for number in sorted(numbers):
+            if ranges and ranges[-1][1] == number - 1:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+        inner = texts[0] if len(numbers) == 1 else f"[{','.join(texts)}]"
+        single.append(f"{start}{inner}{end}")
+    return sorted(single)
 
 
 def fill(
     model: nn.Module,
-    sources: dict[str, Source],
-    reader: TensorReader,
+    table: Table,
+    source: TensorSource,
     path: Path,
     dtype: torch.dtype,
     device: str | torch.device,
-    ignore: Callable[[str], bool] = lambda name: False,
+    ignored: Callable[[str], bool] = lambda name: False,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Puts file tensors in place of a meta-device model's parameters, one at a time.
+
+    A parameter that is split over the ranks of `group` takes its share alone. Parameters without an
+    entry in the table are left on the meta device.
 
     Raises:
         UserError: naming every missing, unknown and wrongly shaped tensor in one message.
     """
-    parameters = dict(model.named_parameters())
-    missing = [n for s in sources.values() for n in s.names if n not in reader.names]
-    used = {n for source in sources.values() for n in source.names}
-    mistakes = [f"missing {name}" for name in missing]
-    mistakes += [f"unknown {name}" for name in sorted(reader.names - used) if not ignore(name)]
-    _refuse(path, mistakes)
-    for name, parameter in parameters.items():
-        source = sources[name]
+    check_names(table, source, path, ignored)
+    mistakes = []
+    for name, parameter in list(model.named_parameters()):
+        if name not in table:
+            continue
+        entry, layout = table[name], layout_of(parameter)
+        found = " + ".join(entry.names)
         try:
-            tensor = source.build(*(reader.read(n) for n in source.names))
-        except RuntimeError as error:
-            mistakes.append(f"{' + '.join(source.names)}: {error}")
+            parts = entry.reshape.parts([source.read(file_name) for file_name in entry.names])
+            if group is not None:
+                layout = replace(layout, blocks=1) if len(parts) > 1 else layout
+                parts = [share_of(part, layout, group) for part in parts]
+            tensor = entry.reshape.join(parts)
+        except (RuntimeError, ValueError, IndexError) as error:
+            mistakes.append(f"{found}: {error}")
             continue
         if tensor.shape != parameter.shape:
             shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
-            mistakes.append(f"{' + '.join(source.names)} gives {shapes}")
+            mistakes.append(f"{found} gives {shapes}")
             continue
-        owner, _, leaf = name.rpartition(".")
-        filled = nn.Parameter(tensor.to(device=device, dtype=dtype).contiguous())
-        setattr(model.get_submodule(owner), leaf, filled)
-    _refuse(path, mistakes)
+        if not mistakes:
+            put(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+    refuse(path, mistakes)
 
 
-def _refuse(path: Path, mistakes: Iterable[str]) -> None:
-    mistakes = list(mistakes)
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replaces the parameter of this name; the new one keeps the old one's layout."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = nn.Parameter(tensor)
+    vars(parameter).update(vars(getattr(module, leaf)))
+    setattr(module, leaf, parameter)
+
+
+def refuse(path: Path, mistakes: Sequence[str]) -> None:
+    """Raises a UserError if there are mistakes."""
     if mistakes:
-        more = f"; and {len(mistakes) - 8} more" if len(mistakes) > 8 else ""
-        raise UserError(f"{path}: the weights do not fit: {'; '.join(mistakes[:8])}{more}")
+        raise UserError(f"{path}: the weights do not fit: {'; '.join(mistakes)}")

@@ -1,6 +1,5 @@
 """The decoder-only model: GPT-2, LLaMA and their kin by `TransformerConfig` alone."""
 
-import torch
 from torch import Tensor
 
 from graftwerk.models.base import Transformer, decoder_context

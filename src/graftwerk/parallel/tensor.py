@@ -129,14 +129,21 @@ def _split_part(part: Part, slot: Slot, group: dist.ProcessGroup) -> None:
 
 def shard(parameter: nn.Parameter, layout: Layout, group: dist.ProcessGroup) -> nn.Parameter:
     """This rank's share of a whole parameter, contiguous, remembering its layout."""
-    local = parameter.detach()
-    if layout.dim is not None:
-        blocks = local.unflatten(layout.dim, (layout.blocks, -1))
-        local = blocks.chunk(dist.get_world_size(group), layout.dim + 1)[dist.get_rank(group)]
-        local = local.flatten(layout.dim, layout.dim + 1).contiguous()
+    local = share_of(parameter.detach(), layout, group).contiguous()
     share = nn.Parameter(local, requires_grad=parameter.requires_grad)
     setattr(share, _LAYOUT, layout)
     return share
+
+
+def share_of(tensor: Tensor, layout: Layout, group: dist.ProcessGroup) -> Tensor:
+    """This rank's share of a whole tensor: a view where the dimension is one block."""
+    if layout.dim is None:
+        return tensor
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if layout.blocks == 1:
+        return tensor.chunk(ranks, layout.dim)[rank]
+    blocks = tensor.unflatten(layout.dim, (layout.blocks, -1))
+    return blocks.chunk(ranks, layout.dim + 1)[rank].flatten(layout.dim, layout.dim + 1)
 
 
 def gather(tensor: Tensor, layout: Layout, group: dist.ProcessGroup) -> Tensor:
