@@ -74,7 +74,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             parameter.add_(0.2 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(path)
-    (free,) = (of_transformers(theirs, prompt, 4, EOS)[0] for prompt in prompts(1))
+    free, _ = of_transformers(theirs, prompts()[0], 4, EOS)
     return theirs, load_base(path), free[3]
 
 
@@ -111,7 +111,7 @@ def test_greedy_ids_and_their_logprobs_equal_those_of_transformers(pair, options
         compute_logprob=True,
     )
     rows = complete(ours, prompts(), sampling, eos_ids=[eos], batch_size=3)
-    assert options or len({len(row.tokens) for row in rows}) > 1, "no row ended early"
+    assert options or len(rows[0].tokens) <= 3, "no row ended early"
     for row, prompt in zip(rows, prompts(), strict=True):
         tokens, scores = of_transformers(theirs, prompt, 12, eos, **options)
         assert row.tokens == tokens
