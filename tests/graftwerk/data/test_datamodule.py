@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from graftwerk.data.datamodule import AnswerDataModule
+from graftwerk.data.datamodule import AnswerDataModule, longest_row
 from graftwerk.data.sampler import StepSampler
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.errors import UserError
+from graftwerk.models import TransformerConfig
 
 sizes = st.fixed_dictionaries(
     {
@@ -281,3 +282,57 @@ def test_lightning_takes_the_steps_as_they_are(config):
     )
     trainer.fit(recorder, datamodule=AnswerDataModule(config, tokenizer, seed=1))
     assert recorder.seen == [[2] * 4, [2] * 4, [2, 2, 1], 5] * 2
+
+
+def shape(**changes):
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "ffn_hidden_size": 8}
+    base = {"vocab_size": len(tokenizer), "max_position_embeddings": 64} | sizes
+    return TransformerConfig(**(base | changes))
+
+
+def test_a_length_that_is_left_out_is_the_models(config):
+    config.encoder_seq_length = None
+    assert longest_row(config, shape()) == 64
+    assert longest_row(config, shape(max_position_embeddings=0)) == 512
+    del config["encoder_seq_length"]
+    assert longest_row(config, shape(architecture="t5", max_position_embeddings=0)) == 512
+    assert len(AnswerDataModule(config, tokenizer, seed=1, shape=shape()).train_set) == 21
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": 31}, "encoder_seq_length=32 is longer than the 31 positions"),
+        (
+            {"max_position_embeddings": 8, "position_embedding_type": "rope"},
+            "model.data.train_ds: the longest row needs 9 positions, the model has 8",
+        ),
+        ({"vocab_size": 100}, "the tokenizer does not fit the model: it has tokens up to"),
+    ],
+)
+def test_rows_that_the_model_cannot_read_are_refused(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        AnswerDataModule(config, tokenizer, seed=1, shape=shape(**changes))
+    fits = {"max_position_embeddings": 32, "vocab_size": len(tokenizer)}
+    AnswerDataModule(config, tokenizer, seed=1, shape=shape(**fits))
+
+
+def test_rotary_positions_bound_rows_not_the_key(config):
+    AnswerDataModule(
+        config,
+        tokenizer,
+        seed=1,
+        shape=shape(max_position_embeddings=9, position_embedding_type="rope"),
+    )
+
+
+def test_ranks_of_a_t5_that_run_out_of_rows_get_fillers_of_its_kind(config):
+    config.global_batch_size = 16
+    t5 = shape(architecture="t5", max_position_embeddings=0)
+    modules = [
+        AnswerDataModule(config, tokenizer, seed=1, rank=r, world_size=8, shape=t5)
+        for r in range(8)
+    ]
+    last = [list(module.train_dataloader())[-1][0] for module in modules]
+    assert {batch.num_rows for batch in last} == {0, 1}
+    assert all(batch.source is not None for batch in last)
