@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.stages import learning
-from graftwerk.training.learner import build_learner, tokenizer_of
+from graftwerk.training.learner import build_learner, open_base, tokenizer_of
 from graftwerk.training.loggers import build_loggers
 from graftwerk.training.schedules import build_schedule
 from tests.graftwerk.learning_stage import base, cfg, read_metrics, rows
@@ -21,8 +21,9 @@ TOKENS = torch.arange(4, 20)[None]
 
 def logits(stage: str, cfg: DictConfig, training: bool = False) -> torch.Tensor:
     """What the stage's model says before it has learned anything."""
-    tokenizer = tokenizer_of(stage, cfg.model)
-    model = build_learner(stage, cfg, tokenizer, CPU).model.train(training)
+    base = open_base(stage, cfg.model)
+    tokenizer = tokenizer_of(cfg.model, base)
+    model = build_learner(stage, cfg, base, tokenizer, CPU).model.train(training)
     torch.manual_seed(0)
     with torch.no_grad():
         return model(TOKENS % len(tokenizer))
@@ -75,7 +76,7 @@ def test_an_architecture_key_changes_the_model(whole, key, value):
 @pytest.mark.parametrize("key", ["bias", "qkv_bias"])
 def test_biases_are_parameters(whole, key):
     def count() -> int:
-        learner = build_learner("training", whole, tokenizer_of("training", whole.model), CPU)
+        learner = build_learner("training", whole, None, tokenizer_of(whole.model, None), CPU)
         return sum(p.numel() for p in learner.model.parameters())
 
     before = count()
@@ -91,10 +92,10 @@ def test_rotary_base_turns_positions_otherwise(whole):
 
 
 def test_max_position_embeddings_is_the_size_of_the_table(whole):
-    tokenizer = tokenizer_of("training", whole.model)
-    model = build_learner("training", whole, tokenizer, CPU).model
+    tokenizer = tokenizer_of(whole.model, None)
+    model = build_learner("training", whole, None, tokenizer, CPU).model
     whole.model.max_position_embeddings = 80
-    longer = build_learner("training", whole, tokenizer, CPU).model
+    longer = build_learner("training", whole, None, tokenizer, CPU).model
     extra = sum(p.numel() for p in longer.parameters()) - sum(p.numel() for p in model.parameters())
     assert extra == 16 * whole.model.hidden_size
 
@@ -111,7 +112,7 @@ def test_dropout_of_the_whole_model_acts_in_training(whole, key):
 def test_the_tokenizer_is_of_the_asked_type_and_size(whole, base):
     def size(**tokenizer: object) -> int:
         whole.model.tokenizer = {"type": "word", "path": None, "vocab_size": None, **tokenizer}
-        return len(tokenizer_of("training", whole.model))
+        return len(tokenizer_of(whole.model, None))
 
     assert size() != size(type="byte") == 259
     assert size(vocab_size=8) == 8
@@ -166,7 +167,7 @@ def test_wandb_gets_the_project_and_the_name(cfg, monkeypatch, tmp_path):
 
 def test_pin_memory_reaches_the_loader_where_there_is_a_gpu(cfg, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    tokenizer = tokenizer_of("adapter_learning", cfg.model)
+    tokenizer = tokenizer_of(cfg.model, open_base("adapter_learning", cfg.model))
     for wanted in (True, False):
         cfg.model.data.pin_memory = wanted
         data = AnswerDataModule(cfg.model, tokenizer, rank=0, world_size=1, seed=1)
