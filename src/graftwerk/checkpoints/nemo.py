@@ -279,13 +279,17 @@ def _add_weights(
     start = tar.offset
     file.write(bytes(tarfile.BLOCKSIZE))
     writer = TorchWriter(file)
-    for ours, entry in table.items():
-        for name, tensor in zip(entry.names, entry.reshape.split(read(ours)), strict=True):
-            writer.add(name, tensor)
-            if name.startswith(f"{T5}.encoder_embedding."):  # NeMo's module has both names
-                writer.alias(name.replace(".encoder_", ".decoder_"), name)
-            progress(name)
-    writer.close()
+    try:
+        for ours, entry in table.items():
+            for name, tensor in zip(entry.names, entry.reshape.split(read(ours)), strict=True):
+                writer.add(name, tensor)
+                if name.startswith(f"{T5}.encoder_embedding."):  # NeMo's module has both names
+                    writer.alias(name.replace(".encoder_", ".decoder_"), name)
+                progress(name)
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
     end = file.seek(0, os.SEEK_END)
     info = tarfile.TarInfo(f"./{WEIGHTS}")
     info.size = end - start - tarfile.BLOCKSIZE

@@ -89,12 +89,12 @@ class Settings:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number that is not negative."""
+        """A whole number: above 0 where there is no default, else not negative."""
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if type(value) is not int or value < 0:
-            self.refuse(key, value, "a whole number is needed")
+        if type(value) is not int or value < (1 if default is None else 0):
+            self.refuse(key, value, "a whole number above 0 is needed")
         return value
 
     def refuse(self, key: str, value: Any, why: str) -> NoReturn:

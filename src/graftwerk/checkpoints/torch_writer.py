@@ -9,6 +9,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import torch
@@ -53,6 +54,11 @@ class TorchWriter:
         self._record("byteorder", b"little")
         self._record("version", b"3\n")
         self._zip.close()
+
+    def abandon(self) -> None:
+        """Lets go of a file that will not be whole, so that nothing is written to it later."""
+        with suppress(OSError, ValueError):
+            self._zip.close()
 
     def _record(self, leaf: str, content: Any) -> None:
         info = zipfile.ZipInfo(f"{ROOT}/{leaf}")
