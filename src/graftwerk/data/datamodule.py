@@ -207,6 +207,11 @@ def encoders_from_config(
         if shape.architecture == "t5":
             start = shape.decoder_start_token_id
             return Seq2SeqEncoder(template, tokenizer, limit, start, add_bos, add_eos)
+        if add_bos or not add_eos:
+            raise UserError(
+                "data.add_bos and data.add_eos have no meaning for head question_answering, whose "
+                "rows have the tokenizer's own special tokens: leave them at False and True"
+            )
         return SpanEncoder(template, tokenizer, limit, shape.num_token_types)
 
     return {task: encoder(by_name[task]) for task in tasks}

@@ -251,6 +251,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused_before_training(bases, cfg
         ("bert", "model.head", "tagging", "model.head=tagging: no stage trains or evaluates"),
         ("bert", "model.encoder_seq_length", 65, "longer than the 64 positions that the model"),
         ("bert", "model.task_templates.0.truncate_field", "context", "truncate_field='context'"),
+        ("bert", "model.data.add_bos", True, "data.add_bos and data.add_eos have no meaning"),
         ("t5", "model.task_templates.0.answer_only_loss", False, "a T5 learns the answer alone"),
     ],
 )
