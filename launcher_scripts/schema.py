@@ -480,7 +480,7 @@ class EvalModel:
     """Which model answers which rows, and how."""
 
     data: EvalData
-    seed: Count = field(default=1234, metadata=INERT)  # greedy answers need none
+    seed: Count = 1234
     language_model_path: Checkpoint | Literal["auto"] | None = "auto"
     restore_from_path: Checkpoint | None = None
     revision: str | None = "auto"
