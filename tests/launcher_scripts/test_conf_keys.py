@@ -96,6 +96,10 @@ def test_every_shipped_option_renders(command, stage):
         more = ["data_prep.source=org/name"] if path.name == "custom.yaml" else []
         if path.name == "tiny.yaml":
             more = ["data_prep=synthetic"]
+        if stage == "conversion":
+            more = ["conversion.model.checkpoint_folder=/base"]
+        if "bert" in str(path) and stage != "eval":
+            more = [f"{stage}.model.language_model_path=/base"]
         answer = command(f"stages={stage}", f"{stage}={option}", *more)
         assert answer.code == 0, answer.lines
 
