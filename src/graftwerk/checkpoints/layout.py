@@ -23,10 +23,21 @@ class Reshape:
         """The file's tensors as views in our orientation."""
         return list(tensors)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Parts, or a rank's shares of them, to ours."""
+    def join(
+        self,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Tensor:
+        """Parts, or a rank's shares of them, to ours: a view of the file where that can be.
+
+        Parts are written straight to their places in the new type; no other copy is made.
+
+        Raises:
+            ValueError: where parts do not fit each other.
+        """
         (tensor,) = parts
-        return tensor
+        return tensor.to(device=device, dtype=dtype).contiguous()
 
     def split(self, ours: Tensor) -> list[Tensor]:
         """Ours to the tensors of the file."""
@@ -49,8 +60,18 @@ class Stacked(Reshape):
     def __init__(self, count: int = 2):
         self.count = count
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
+    def join(
+        self,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Tensor:
+        together = _as_they_lie(parts)
+        if together is not None:
+            return together.to(device=device, dtype=dtype)
+        rows = [len(part) for part in parts]
+        ours = _empty(parts[0], (sum(rows), *parts[0].shape[1:]), dtype, device)
+        return _put(parts, ours.split(rows), ours)
 
     def split(self, ours: Tensor) -> list[Tensor]:
         return list(ours.chunk(self.count))
@@ -86,12 +107,17 @@ class Heads(Reshape):
             return list(tensor.split([n * self.groups * self.head_size for n in self.per_group]))
         return list(tensors)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        blocks = [
-            part.unflatten(0, (-1, n * self.head_size))
-            for part, n in zip(parts, self.per_group, strict=True)
-        ]
-        return torch.cat(blocks, 1).flatten(0, 1)
+    def join(
+        self,
+        parts: Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Tensor:
+        sizes = [n * self.head_size for n in self.per_group]
+        blocks = [part.unflatten(0, (-1, n)) for part, n in zip(parts, sizes, strict=True)]
+        groups = len(blocks[0])
+        ours = _empty(parts[0], (groups * sum(sizes), *parts[0].shape[1:]), dtype, device)
+        return _put(blocks, ours.unflatten(0, (groups, -1)).split(sizes, 1), ours)
 
     def split(self, ours: Tensor) -> list[Tensor]:
         sizes = [n * self.head_size for n in self.per_group]
@@ -115,6 +141,37 @@ class Rows(Reshape):
     def split(self, ours: Tensor) -> list[Tensor]:
         more = ours.new_zeros(self.padded - self.count, *ours.shape[1:])
         return [torch.cat([ours, more])] if len(more) else [ours]
+
+
+def _empty(
+    like: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
+
+
+def _put(parts: Sequence[Tensor], places: Sequence[Tensor], ours: Tensor) -> Tensor:
+    """Writes each part to its place, a view of ours."""
+    for part, place in zip(parts, places, strict=True):
+        if part.shape != place.shape:  # never stretched
+            raise ValueError(f"sizes {list(part.shape)} and {list(place.shape)} do not fit")
+        place.copy_(part)
+    return ours
+
+
+def _as_they_lie(parts: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that follow each other in one mapped file as one view; None where they do not."""
+    first, whole = parts[0], sum(len(part) for part in parts)
+    place = first.storage_offset()
+    for part in parts:
+        alike = part.dtype == first.dtype and part.shape[1:] == first.shape[1:]
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (alike and same and part.is_contiguous() and part.storage_offset() == place):
+            return None
+        place += part.numel()
+    return first.as_strided((whole, *first.shape[1:]), first.stride())
 
 
 AS_IS = Reshape()

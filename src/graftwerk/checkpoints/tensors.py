@@ -2,13 +2,13 @@
 
 import difflib
 import json
+import mmap
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,10 @@ class TensorSource(Protocol):
         """One tensor: a view of the mapped file where that can be. It is not to be changed."""
         ...
 
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's pages: what was read of it has been copied."""
+        ...
+
     def __enter__(self) -> object: ...
 
     def __exit__(self, *_: object) -> None: ...
@@ -67,54 +71,92 @@ class SafeTensors:
     """
 
     def __init__(self, files: Sequence[Path]):
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._entries: dict[str, tuple[Mapped, Header]] = {}
         for path in files:
             try:
-                file: Any = self._stack.enter_context(safe_open(path, framework="pt"))
-                headers = read_header(path)
+                with safe_open(path, framework="pt"):  # checks the header and the file's length
+                    headers = read_header(path)
+                mapped = Mapped(path)
             except (SafetensorError, OSError, ValueError, struct.error) as error:
-                self._stack.close()
                 raise UserError(f"{path} cannot be read: {error}") from None
-            self._files.update(dict.fromkeys(headers, file))
-            self._headers.update(headers)
+            self._entries |= {name: (mapped, header) for name, header in headers.items()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.clear()
-        self._stack.close()
+        self._entries.clear()  # a file stays mapped as long as a tensor lies in it
 
     @property
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._headers[name][0]
+        return self._entries[name][1].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._headers[name][1]
+        kind = self._entries[name][1].kind
         if kind not in SAFETENSORS_DTYPES:
             known = ", ".join(SAFETENSORS_DTYPES)
             raise UserError(f"the tensor {name} is of type {kind}; those that are read: {known}")
         return SAFETENSORS_DTYPES[kind]
 
     def read(self, name: str) -> Tensor:
-        self.dtype(name)
-        return self._files[name].get_tensor(name)
+        mapped, header = self._entries[name]
+        return mapped.tensor(header.start, header.end, self.dtype(name)).view(header.shape)
+
+    def release(self, name: str) -> None:
+        mapped, header = self._entries[name]
+        mapped.release(header.start, header.end)
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """(shape, type) of each tensor of a safetensors file, from its header alone."""
+class Mapped:
+    """A file's bytes as memory that nothing writes back; pages are read when they are touched."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+
+    def tensor(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """The bytes from `start` to `end` as a vector: a view, or a copy where they lie askew."""
+        found = self.bytes[start:end]
+        return (found if start % dtype.itemsize == 0 else found.clone()).view(dtype)
+
+    def release(self, start: int, end: int) -> None:
+        """Lets go of whole pages between `start` and `end`; a later touch reads them again."""
+        start, end = (
+            -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
+            end // mmap.PAGESIZE * mmap.PAGESIZE,
+        )
+        if end > start and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor; `start` and `end` count from the file's start."""
+
+    shape: tuple[int, ...]
+    kind: str
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Header]:
+    """What a safetensors file holds, from its first bytes alone."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > LARGEST_HEADER:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(file.read(length))
+    first = 8 + length
     return {
-        name: (tuple(entry["shape"]), entry["dtype"])
+        name: Header(
+            tuple(entry["shape"]),
+            entry["dtype"],
+            first + entry["data_offsets"][0],
+            first + entry["data_offsets"][1],
+        )
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -217,7 +259,7 @@ def fill(
             if group is not None:
                 layout = replace(layout, blocks=1) if len(parts) > 1 else layout
                 parts = [share_of(part, layout, group) for part in parts]
-            tensor = entry.reshape.join(parts)
+            tensor = entry.reshape.join(parts, dtype, device)
         except (RuntimeError, ValueError, IndexError) as error:
             mistakes.append(f"{found}: {error}")
             continue
@@ -226,8 +268,16 @@ def fill(
             mistakes.append(f"{found} gives {shapes}")
             continue
         if not mistakes:
-            put(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+            put(model, name, tensor)
+        if all(_apart(tensor, part) for part in parts):
+            del parts
+            for file_name in entry.names:
+                source.release(file_name)
     refuse(path, mistakes)
+
+
+def _apart(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
 
 
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:

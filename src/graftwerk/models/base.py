@@ -79,7 +79,8 @@ class OutputLayer(nn.Module):
         if not config.share_embeddings_and_output_weights:
             size = config.embedding_size or config.hidden_size
             self.weight = nn.Parameter(torch.empty(config.vocab_size, size))
-            nn.init.normal_(self.weight, std=config.init_method_std)
+            if not self.weight.is_meta:
+                nn.init.normal_(self.weight, std=config.init_method_std)
         if config.output_bias:
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 

@@ -381,6 +381,17 @@ class Layers(nn.Module):
         return x if self.projection is None else self.projection(x)
 
 
+class Lookup(nn.Embedding):
+    """A table of vectors; on the meta device nothing fills it.
+
+    `normal_` there would import torch's compiler, which takes longer than reading a model.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Embedding(nn.Module):
     """Words, learned positions and token types where the model has them, and the slot behind."""
 
@@ -388,14 +399,14 @@ class Embedding(nn.Module):
         super().__init__()
         hidden, words = config.hidden_size, config.embedding_size or config.hidden_size
         self.position_offset = config.position_offset
-        self.word_embeddings = nn.Embedding(config.vocab_size, words)
+        self.word_embeddings = Lookup(config.vocab_size, words)
         self.projection = nn.Linear(words, hidden, bias=False) if config.embedding_size else None
         self.position_embeddings = self.token_type_embeddings = self.layernorm = None
         if config.position_embedding_type == "learned_absolute":
             rows = config.max_position_embeddings + config.position_offset
-            self.position_embeddings = nn.Embedding(rows, hidden)
+            self.position_embeddings = Lookup(rows, hidden)
         if config.num_token_types:
-            self.token_type_embeddings = nn.Embedding(config.num_token_types, hidden)
+            self.token_type_embeddings = Lookup(config.num_token_types, hidden)
         if config.embedding_layernorm:
             self.layernorm = make_norm(config)
         self.output = Slot(Site("embedding", -1, hidden, hidden))

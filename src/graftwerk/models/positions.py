@@ -93,7 +93,8 @@ class RelativePosition(nn.Module):
         self.max_distance = config.relative_attention_max_distance
         buckets = config.relative_attention_num_buckets
         self.weight = nn.Parameter(torch.empty(buckets, config.num_attention_heads))
-        nn.init.normal_(self.weight, std=config.init_method_std)
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=config.init_method_std)
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """Scores [1, heads, S, K]; the queries are the last of the keys."""
