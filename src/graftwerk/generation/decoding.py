@@ -73,11 +73,12 @@ def complete(
     check(model, prompts)
     assert not isinstance(model, BERT)
     numbers = range(len(prompts)) if numbers is None else numbers
+    eos_ids = frozenset(eos_ids)
     results = [Continuation() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = _Batch(model, [prompts[row] for row in rows], sampling, frozenset(eos_ids), stop)
+        batch = _Batch(model, [prompts[row] for row in rows], sampling, eos_ids, stop)
         batch.run([results[row] for row in rows], [numbers[row] for row in rows])
         progress(len(rows))
     return results

@@ -74,7 +74,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             parameter.add_(0.2 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(path)
-    free, _ = of_transformers(theirs, prompts()[0], 4, EOS)
+    free, _ = of_transformers(theirs, prompts(4)[0], 4, EOS)
     return theirs, load_base(path), free[3]
 
 
@@ -110,9 +110,9 @@ def test_greedy_ids_and_their_logprobs_equal_those_of_transformers(pair, options
         min_tokens_to_generate=options.get("min_new_tokens", 0),
         compute_logprob=True,
     )
-    rows = complete(ours, prompts(), sampling, eos_ids=[eos], batch_size=3)
+    rows = complete(ours, prompts(4), sampling, eos_ids=[eos], batch_size=3)
     assert options or len(rows[0].tokens) <= 3, "no row ended early"
-    for row, prompt in zip(rows, prompts(), strict=True):
+    for row, prompt in zip(rows, prompts(4), strict=True):
         tokens, scores = of_transformers(theirs, prompt, 12, eos, **options)
         assert row.tokens == tokens
         assert row.logprobs == pytest.approx(scores, abs=1e-4)

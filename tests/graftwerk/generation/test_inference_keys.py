@@ -1,6 +1,8 @@
 """`model.inference` of the eval stage: each key changes the answers as it says."""
 
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from graftwerk.checkpoints import load_base, load_tokenizer
 from graftwerk.data.jsonl import read_rows
 from graftwerk.errors import UserError
 from graftwerk.evaluation.predict import Answerer
-from graftwerk.generation import Sampling, complete
+from graftwerk.generation import OptionError, Sampling, complete
 from graftwerk.stages.eval import run
+from launcher_scripts.schema import Inference
+from launcher_scripts.validate import check, default_of, fields_of
 from tests.graftwerk.learning_stage import base  # noqa: F401
 from tests.graftwerk.stages.test_eval import (
     cfg,  # noqa: F401
@@ -110,3 +114,35 @@ def test_wrong_options_are_refused_before_anything_is_written(alone: DictConfig)
     with pytest.raises(UserError, match=r"model\.inference\.min_tokens_to_generate=9: .* 8"):
         answers(alone, min_tokens_to_generate=9)
     assert not Path(alone.exp_manager.explicit_log_dir).exists()
+
+
+def test_the_launcher_has_the_defaults_of_the_job():
+    ours = {field.name: field.default for field in fields(Sampling)}
+    for name, (_, field) in fields_of(Inference).items():
+        default = default_of(field)
+        assert (tuple(default) if isinstance(default, list) else default) == ours[name], name
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("temperature", [0, 0.0009, 0.001, 1, 1000, 1001, math.nan, math.inf]),
+        ("top_k", [-1, 0, 1, 10**6]),
+        ("top_p", [0, 1e-9, 1, 1.0001, math.nan]),
+        ("repetition_penalty", [-1, 0, 0.001, 1, 1000, 1001]),
+        ("min_tokens_to_generate", [-1, 0, 32]),
+        ("tokens_to_generate", [0, 1, 10**6]),
+        ("end_strings", [[], ["\n"], [""], ["a", ""]]),
+    ],
+)
+def test_the_launcher_refuses_what_the_job_refuses(key: str, values: list):
+    mistakes: list[str] = []
+    for value in values:
+        mistakes.clear()
+        check({key: value}, Inference, "", lambda key, what: mistakes.append(what))
+        try:
+            Sampling.from_keys({key: value}, seed=1)
+        except OptionError:
+            assert mistakes, value
+        else:
+            assert not mistakes, value
