@@ -204,6 +204,18 @@ def test_a_run_that_died_ends_with_the_same_bits(family, bases, cfg, tmp_path, m
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_key_restore_path_starts_from_an_adapter_and_its_head(family, bases, cfg, tmp_path):
+    first = as_family(cfg, bases[family], tmp_path, steps=2)
+    learning.run("adapter_learning", first)
+    second = elsewhere(first, tmp_path / "second")
+    second.model.restore_path = first.model.nemo_path
+    second.trainer.max_steps = 0
+    learning.run("adapter_learning", second)
+    one, other = (read_adapter(c.model.nemo_path)[1] for c in (first, second))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_length_of_a_t5s_rows_may_be_left_out(bases, cfg, tmp_path):
     learned = as_family(cfg, bases["t5"], tmp_path, steps=1)
     del learned.model["encoder_seq_length"]

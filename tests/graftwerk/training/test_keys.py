@@ -403,13 +403,6 @@ def test_too_many_positions_are_refused(cfg):
     refused(cfg, "model.encoder_seq_length=100 is longer than the 64 positions")
 
 
-def test_an_encoder_decoder_base_is_refused(cfg, tmp_path):
-    (tmp_path / "t5").mkdir()
-    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
-    cfg.model.language_model_path = str(tmp_path / "t5")
-    refused(cfg, "is a t5 model: encoder-decoder models are not supported yet")
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(cfg):
     cfg.model.optim.update(lr=1e30, sched={"name": "constant"})
     cfg.trainer.gradient_clip_val = 0
