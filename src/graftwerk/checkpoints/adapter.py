@@ -9,7 +9,6 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from graftwerk.adapters.configs import METHODS, MethodConfig
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.checkpoints.archive import open_tar
 from graftwerk.checkpoints.base import replace_path
+from graftwerk.checkpoints.settings import SETTINGS_LIMIT, parse_settings, read_settings
 from graftwerk.checkpoints.torch_files import load_mapped
 from graftwerk.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.yaml", "adapter.safetensors"
 NEMO_CONFIG, NEMO_WEIGHTS = "./model_config.yaml", "./model_weights.ckpt"
-LARGEST_CONFIG = 1 << 20  # bytes; a settings file above this is no settings file
 
 
 def save_adapter(
@@ -73,25 +72,46 @@ def load_adapter(model: AdapterModel, path: str | Path, name: str | None = None)
             f"{path} holds an adapter with a head for {head}, but the model's head is "
             f"{model.label_head}: load the base with head {head}"
         )
-    model.add_adapter(name, method, head=head is not None)
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    if isinstance(dim := getattr(method, "dim", 0), int) and dim > largest:
+        raise UserError(f"{path}: dim={dim} is more than any of its weights has")
+    if name in model.adapters:
+        raise UserError(f"{path}: the model has an adapter {name!r} already: give another name")
     try:
+        model.add_adapter(name, method, head=head is not None)
         model.load_adapter_state(name, state)
-    except UserError as error:
+    except Exception as error:
+        model.adapters.setdefault(name, method)  # parts that were made before the error go too
         model.delete_adapter(name)
-        raise UserError(f"{path}: {error}") from None
+        said = str(error).partition("\n")[0]
+        raise UserError(f"{path}: {said}") from None
     return name
 
 
 def method_of(config: dict[str, Any], path: str | Path) -> MethodConfig:
     """The method that a file's settings describe."""
-    if config.get("method") not in METHODS:
+    if not isinstance(config.get("method"), str) or config["method"] not in METHODS:
         raise UserError(
             f"{path}: method {config.get('method')!r} is not known: one of {', '.join(METHODS)}"
         )
     method = METHODS[config["method"]]
-    settings = {key: config[key] for key in method.__dataclass_fields__ if key in config}
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    settings = {}
+    for key, field in method.__dataclass_fields__.items():
+        value = config.get(key, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if not _alike(value, field.default):
+            raise UserError(f"{path}: {key}={config[key]!r} is no value that can be used")
+        settings[key] = value
     return method(**settings)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a field's default: numbers, text, names."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return isinstance(value, int | float) and isinstance(value, bool) is False
+    return isinstance(value, type(default))
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -99,30 +119,28 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no adapter at {path}")
-    read: Callable[[Path], tuple[Any, Any]] = _read_folder if path.is_dir() else _read_nemo
+    read = _read_folder if path.is_dir() else _read_nemo
     try:
         config, state = read(path)
     except UserError:
         raise
-    except (OSError, KeyError, tarfile.TarError, yaml.YAMLError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no adapter that can be read: {error}") from None
-    except Exception as error:  # torch's reader raises many kinds for a damaged file
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-    if not isinstance(config, dict) or "name" not in config:
+    if "name" not in config:
         raise UserError(f"{path}: its settings name no adapter")
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: its weights must be tensors by name")
     return config, state
 
 
-def _read_folder(path: Path) -> tuple[Any, Any]:
-    return yaml.safe_load((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return read_settings(path / CONFIG), load_file(path / WEIGHTS)
 
 
-def _read_nemo(path: Path) -> tuple[Any, Any]:
+def _read_nemo(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config, weights = (os.path.normpath(name) for name in (NEMO_CONFIG, NEMO_WEIGHTS))
     with open_tar(path) as files:
-        settings = yaml.safe_load(files.read(config, LARGEST_CONFIG))
+        settings = parse_settings(files.read(config, SETTINGS_LIMIT), f"{path}: {config}")
         state = load_mapped(files, weights)
         if not isinstance(state, dict):
             raise UserError(f"{path}: its weights must be tensors by name")

@@ -7,6 +7,7 @@ ever written under a name that comes from the archive.
 
 import gzip
 import io
+import mmap
 import os
 import posixpath
 import shutil
@@ -104,7 +105,7 @@ class Files:
         self, path: Path, members: dict[str, Member], temporary: tempfile.TemporaryDirectory | None
     ):
         self.path, self.members, self._temporary = path, members, temporary
-        self._maps: dict[Path, Tensor] = {}
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
 
     def __enter__(self) -> "Files":
         return self
@@ -145,13 +146,26 @@ class Files:
         if not member.size:
             return torch.empty(0, dtype=torch.uint8)
         if member.path not in self._maps:
-            size = member.path.stat().st_size
-            whole = torch.from_file(str(member.path), False, size, dtype=torch.uint8)
-            self._maps[member.path] = whole
-        whole = self._maps[member.path]
+            with open(member.path, "rb") as file:  # a private map: nothing is ever written back
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[member.path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+        _, whole = self._maps[member.path]
         if member.offset + member.size > len(whole):
             raise UserError(f"{member.path} became shorter while it was read")
         return whole[member.offset : member.offset + member.size]
+
+    def release(self, view: Tensor) -> None:
+        """Lets go of the pages of a view of a map; a later touch reads them again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start, size = view.data_ptr(), view.numel() * view.element_size()
+        for mapped, whole in self._maps.values():
+            first = start - whole.data_ptr()
+            if 0 <= first <= first + size <= len(whole):
+                inside = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > inside:
+                    mapped.madvise(mmap.MADV_DONTNEED, inside, end - inside)
 
     def _member(self, name: str) -> Member:
         if name not in self.members:

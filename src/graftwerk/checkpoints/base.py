@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from graftwerk.checkpoints.layout import Entry, Table
+from graftwerk.checkpoints.settings import read_settings
 from graftwerk.checkpoints.tensors import SafeTensors, TensorSource, fill, put, weight_files
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig, build_model
@@ -89,7 +90,7 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
     if (found / "config.json").is_file():
         return huggingface.open_folder(found)
     if (found / OWN_CONFIG).is_file():
-        values = _read_yaml(found / OWN_CONFIG)
+        values = read_settings(found / OWN_CONFIG)
         if values.get("format") == OWN_FORMAT:
             return _open_own(found, values)
     if found.is_file() or (found / OWN_CONFIG).is_file():
@@ -210,16 +211,6 @@ def _fill_fresh(
             put(model, name, tensor.to(device=device, dtype=dtype))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold keys and values")
-    return values
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer in one of the forms that transformers reads."""
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -250,7 +241,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> "PreTrained
 
 def _is_nemo_folder(folder: Path) -> bool:
     config = folder / OWN_CONFIG
-    return config.is_file() and _read_yaml(config).get("format") != OWN_FORMAT
+    return config.is_file() and read_settings(config).get("format") != OWN_FORMAT
 
 
 def save_base(

@@ -55,26 +55,30 @@ class Chunked:
 
     def read(self, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The box of this shape from `start` on: a view where one chunk holds it, else a copy."""
+        pieces = self.pieces(start, shape)
+        covered = sum(view.numel() for view, _ in pieces)
+        if covered != math.prod(shape):
+            raise ValueError(f"its chunks hold {covered} of {math.prod(shape)} numbers")
+        if len(pieces) == 1:
+            return aligned(pieces[0][0])
+        result = torch.empty(tuple(shape), dtype=self.dtype)
+        for view, place in pieces:
+            _box(result, place, view.shape).copy_(view)
+        return result
+
+    def pieces(self, start: Sequence[int], shape: Sequence[int]) -> list[tuple[Tensor, list[int]]]:
+        """Views of the chunks within a box, each with its place in it."""
         pieces = []
         for chunk in self.chunks:
             lower = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             ends = zip(start, shape, chunk.offsets, chunk.sizes, strict=True)
             upper = [min(a + n, b + m) for a, n, b, m in ends]
             if all(a < b for a, b in zip(lower, upper, strict=True)):
-                source = [a - b for a, b in zip(lower, chunk.offsets, strict=True)]
-                target = [a - b for a, b in zip(lower, start, strict=True)]
+                inside = [a - b for a, b in zip(lower, chunk.offsets, strict=True)]
                 sizes = [b - a for a, b in zip(lower, upper, strict=True)]
-                pieces.append((chunk, source, target, sizes))
-        covered = sum(math.prod(sizes) for *_, sizes in pieces)
-        if covered != math.prod(shape):
-            raise ValueError(f"its chunks hold {covered} of {math.prod(shape)} numbers")
-        if len(pieces) == 1:
-            chunk, source, _, sizes = pieces[0]
-            return aligned(_box(self._loaded(chunk), source, sizes))
-        result = torch.empty(tuple(shape), dtype=self.dtype)
-        for chunk, source, target, sizes in pieces:
-            _box(result, target, sizes).copy_(_box(self._loaded(chunk), source, sizes))
-        return result
+                place = [a - b for a, b in zip(lower, start, strict=True)]
+                pieces.append((_box(self._loaded(chunk), inside, sizes), place))
+        return pieces
 
     def _loaded(self, chunk: Chunk) -> Tensor:
         tensor = chunk.load()
@@ -158,23 +162,33 @@ class DistributedSource:
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file where one chunk holds it all; otherwise put together."""
-        tensor, layer = self._tensors[name]
+        tensor, start, shape = self._place(name)
         try:
-            if layer is None:
-                return tensor.read([0] * len(tensor.shape), tensor.shape)
-            start = [layer] + [0] * (len(tensor.shape) - 1)
-            return tensor.read(start, (1, *tensor.shape[1:]))[0]
+            return tensor.read(start, shape).view(self.shape(name))
         except UserError:
             raise
         except Exception as error:
             raise self._refusal(ValueError(f"{name}: {error}")) from None
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's pages: what was read of it has been copied."""
+        tensor, start, shape = self._place(name)
+        for view, _ in tensor.pieces(start, shape):
+            self._files.release(view)
+
+    def _place(self, name: str) -> tuple[Chunked, list[int], tuple[int, ...]]:
+        """The stack that holds a tensor, and its box in it."""
+        tensor, layer = self._tensors[name]
+        if layer is None:
+            return tensor, [0] * len(tensor.shape), tensor.shape
+        return tensor, [layer] + [0] * (len(tensor.shape) - 1), (1, *tensor.shape[1:])
 
     # torch_dist: `.metadata`, and in each `*.distcp` one torch file after the other.
 
     def _torch_dist(self) -> Iterator[tuple[str, Chunked]]:
         content = self._files.read(f"{self._folder}/.metadata", METADATA_LIMIT)
         metadata = unpickle(content, _metadata_names())
-        places: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+        places: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = {}
         for index, place in metadata.storage_data.items():
             if getattr(place, "transform_descriptors", None):
                 raise ValueError("its chunks are compressed")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from graftwerk.checkpoints import archive
 from graftwerk.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
@@ -23,12 +22,12 @@ from graftwerk.checkpoints.base import (
     open_checkpoint,
 )
 from graftwerk.checkpoints.layout import Entry
+from graftwerk.checkpoints.settings import SETTINGS_LIMIT, parse_settings
 from graftwerk.checkpoints.tensors import SafeTensors, TensorSource
 from graftwerk.checkpoints.torch_files import TorchSource
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig, build_model
 
-LARGEST_CONFIG = 1 << 20  # bytes of a YAML file of settings
 # What a reader wants to know of a model's form, in this order; what is 0 or absent is left out.
 SIZES = (
     "num_layers",
@@ -162,20 +161,15 @@ def _adapter_settings(path: Path) -> dict[str, Any] | None:
         if not (path / ADAPTER_CONFIG).is_file():
             return None
         with archive.open_files([path / ADAPTER_CONFIG]) as files:
-            content = files.read(ADAPTER_CONFIG, LARGEST_CONFIG)
+            content = files.read(ADAPTER_CONFIG, SETTINGS_LIMIT)
     elif path.is_file():
         with archive.open_tar(path) as files:
             if Path(NEMO_CONFIG).name not in files.members:
                 return None
-            content = files.read(Path(NEMO_CONFIG).name, LARGEST_CONFIG)
+            content = files.read(Path(NEMO_CONFIG).name, SETTINGS_LIMIT)
     else:
         return None
-    try:
-        settings = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: its settings cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: its settings must be keys and values")
+    settings = parse_settings(content, f"{path}: its settings")
     return settings if path.is_dir() or "method" in settings or _scheme(settings) else None
 
 

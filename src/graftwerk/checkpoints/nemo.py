@@ -22,6 +22,7 @@ from graftwerk.checkpoints.layout import Table
 from graftwerk.checkpoints.nemo_config import Layout, Variant, from_config, to_config
 from graftwerk.checkpoints.nemo_shards import WholeTensors
 from graftwerk.checkpoints.nemo_tables import CLASSIC, T5, is_no_weight, nemo_table, split_of
+from graftwerk.checkpoints.settings import SETTINGS_LIMIT, parse_settings
 from graftwerk.checkpoints.shards import bytes_of, check_space
 from graftwerk.checkpoints.torch_files import TorchSource
 from graftwerk.checkpoints.torch_writer import TorchWriter
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG, WEIGHTS, DISTRIBUTED = "model_config.yaml", "model_weights.ckpt", "model_weights"
-CONFIG_LIMIT = 1 << 22  # bytes
 TENSOR_RANK = re.compile(rf"mp_rank_(\d+)/{re.escape(WEIGHTS)}")
 BOTH_RANKS = re.compile(rf"tp_rank_(\d+)_pp_rank_(\d+)/{re.escape(WEIGHTS)}")
 WORDS: dict[Variant, str] = {
@@ -72,14 +72,7 @@ def _open(path: Path) -> Files:
 
 
 def _config(files: Files) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(files.read(CONFIG, CONFIG_LIMIT))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"{files.path}: {CONFIG} cannot be read: {said}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{files.path}: {CONFIG} must hold keys and values")
-    return values
+    return parse_settings(files.read(CONFIG, SETTINGS_LIMIT), f"{files.path}: {CONFIG}")
 
 
 def _weights(files: Files) -> WholeTensors:

@@ -98,6 +98,12 @@ class WholeTensors:
         except (RuntimeError, IndexError) as error:
             raise UserError(f"{self._where}: the shares of {name} do not fit: {error}") from None
 
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's pages: what was read of it has been copied."""
+        stage, local = self._places[name]
+        for source in self._stages[stage]:
+            source.release(local)
+
     def _runs(self, name: str, share: Tensor, split: Split) -> list[Tensor]:
         if len(split.runs) == 1 or share.ndim <= split.dimension:
             return [share] * len(split.runs)

@@ -254,6 +254,10 @@ def fill(
             continue
         entry, layout = table[name], layout_of(parameter)
         found = " + ".join(entry.names)
+        numbers = [file_name for file_name in entry.names if not source.shape(file_name)]
+        if numbers:
+            mistakes.append(f"{numbers[0]} is a single number, not of {list(parameter.shape)}")
+            continue
         try:
             parts = entry.reshape.parts([source.read(file_name) for file_name in entry.names])
             if group is not None:
@@ -261,7 +265,8 @@ def fill(
                 parts = [share_of(part, layout, group) for part in parts]
             tensor = entry.reshape.join(parts, dtype, device)
         except (RuntimeError, ValueError, IndexError) as error:
-            mistakes.append(f"{found}: {error}")
+            said = str(error).partition("\n")[0]
+            mistakes.append(f"{found}: {said}")
             continue
         if tensor.shape != parameter.shape:
             shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"

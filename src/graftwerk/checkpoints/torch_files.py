@@ -140,6 +140,10 @@ class TorchSource:
         """A view of the mapped file."""
         return aligned(self._tensors[name])
 
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's pages: what was read of it has been copied."""
+        self._files.release(self._tensors[name])
+
 
 class TorchFiles(TorchSource):
     """The tensors of one `.bin` file, or of all shards of a checkpoint.
