@@ -118,7 +118,7 @@ def _checkpoint(
         rows=0,
         norms_apart="model.decoder.layers.0.input_layernorm.weight" in source.names,
     )
-    config, layout = to_config(values, path, layout, 1)
+    config, layout = to_config({**_said_by_names(variant, source), **values}, path, layout, 1)
     source.cut_by(lambda name: split_of(name, config, layout))
     shape = source.shape(words)
     if not shape:
@@ -155,6 +155,19 @@ def _variant(path: Path, values: Mapping[str, Any], source: WholeTensors) -> Var
         if any(name.startswith(start) for name in names):
             return variant
     raise UserError(f"{path}: its tensors have no names of NeMo's GPT or T5")
+
+
+def _said_by_names(variant: Variant, source: WholeTensors) -> dict[str, Any]:
+    """What a config that leaves out these keys must mean, given the tensors that there are."""
+    if variant == "t5":
+        return {
+            "share_decoder_tokens_head_embeddings": f"{T5}.tokens_head.weight" not in source.names,
+            "tokens_head_bias": f"{T5}.tokens_head.bias" in source.names,
+        }
+    output = (
+        f"{CLASSIC}.output_layer.weight" if variant == "classic" else "model.output_layer.weight"
+    )
+    return {"share_embeddings_and_output_weights": output not in source.names}
 
 
 def _vocabulary(values: Mapping[str, Any], files: Files, rows: int) -> int:

@@ -145,9 +145,11 @@ def to_config(
                 other.refuse(key, value, f"the encoder has {fields[key]!r}, and both must agree")
     fields["vocab_size"] = vocab_size
     activation = first.get("activation", "gelu")
+    # A T5 that came from Hugging Face holds them one after the other, even if its file is silent.
+    converted = fields["position_embedding_type"] == "relative" and not fields["bias"]
     layout = replace(
         layout,
-        legacy_qkv=layout.variant != "mcore" and first.get("megatron_legacy", False),
+        legacy_qkv=layout.variant != "mcore" and first.get("megatron_legacy", converted),
         split_glu=layout.variant != "mcore" and activation in ("geglu", "swiglu", "reglu"),
     )
     if layout.variant == "t5":

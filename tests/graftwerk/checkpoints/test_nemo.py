@@ -103,6 +103,19 @@ def test_t5_in_every_layout_gives_the_logits_of_transformers(t5, tmp_path, nativ
     assert_same_logits(nemo_files.lay_out(tmp_path / "m.nemo", *made, tp=tp, pp=pp), t5)
 
 
+def test_keys_that_the_tensors_explain_may_be_left_out(t5, llama, tmp_path):
+    config, tensors = nemo_files.of_t5(t5)
+    for key in ("tokens_head_bias", "share_decoder_tokens_head_embeddings"):
+        del config[key]
+    config = {**config, **{side: dict(config[side]) for side in ("encoder", "decoder")}}
+    for side in ("encoder", "decoder"):
+        del config[side]["megatron_legacy"]
+    assert_same_logits(nemo_files.lay_out(tmp_path / "t5.nemo", config, tensors), t5)
+    config, tensors = nemo_files.of_llama(llama)
+    del config["share_embeddings_and_output_weights"]
+    assert_same_logits(nemo_files.lay_out(tmp_path / "llama.nemo", config, tensors), llama)
+
+
 @pytest.mark.parametrize("kind", ["torch_dist", "zarr"])
 @pytest.mark.parametrize(("tp", "pp"), SHARDS)
 @pytest.mark.parametrize("form", ["tar", "folder"])
