@@ -44,6 +44,7 @@ HUGGING_FACE: Names = {
 MEGATRON: Names = {name: (name,) for name in HUGGING_FACE}
 MEMBER = "model_config.yaml"
 LARGEST_CONFIG = 1 << 20  # bytes; what is larger is no configuration
+MOST_BRACKETS = 500
 READ_AT_MOST = 64 << 20  # bytes of an archive that is unpacked to find its configuration
 
 
@@ -57,8 +58,8 @@ def read_shape(path: str | Path) -> Shape | None:
         if (path / "config.json").is_file():
             return _hugging_face(json.loads(_small(path / "config.json")))
         if path.is_dir():
-            return _megatron(yaml.safe_load(_small(path / MEMBER)))
-        return _megatron(yaml.safe_load(_member(path)))
+            return _megatron(_yaml(_small(path / MEMBER)))
+        return _megatron(_yaml(_member(path)))
     except (OSError, EOFError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
@@ -110,6 +111,13 @@ def _size(values: Mapping[str, Any], key: str) -> int | None:
     value = values.get(key)
     good = isinstance(value, int) and not isinstance(value, bool) and value > 0
     return value if good else None
+
+
+def _yaml(content: bytes) -> Any:
+    """The values; the parser's time grows with the square of brackets that nothing closes."""
+    if content.count(b"[") + content.count(b"{") > MOST_BRACKETS:
+        raise ValueError("too many brackets for a configuration")
+    return yaml.safe_load(content)
 
 
 def _small(path: Path) -> bytes:
