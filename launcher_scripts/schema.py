@@ -209,7 +209,7 @@ class SquadPrep:
     source: Path | None = None
     split: Split | None = None
     unanswerable_answer: str | None = None
-    tokenizer: Path | None = None
+    tokenizer: Checkpoint | None = None
     seed: Count = 1234
 
 
@@ -227,7 +227,7 @@ class CustomPrep:
     answer_words: dict[Any, str] = field(default_factory=dict)
     subset: str | None = None
     split: Split | None = None
-    tokenizer: Path | None = None
+    tokenizer: Checkpoint | None = None
     seed: Count = 1234
 
 
@@ -242,7 +242,7 @@ class SyntheticPrep:
         default_factory=lambda: ["lookup", "translate"]
     )
     rows: Rows = field(default_factory=Rows)
-    tokenizer: Path | None = None
+    tokenizer: Checkpoint | None = None
     seed: Count = 1234
 
 
