@@ -69,7 +69,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     """A `config.json` and the family that it names."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values")

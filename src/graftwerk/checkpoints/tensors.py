@@ -6,6 +6,7 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -31,6 +32,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+READERS = 2  # threads that read and convert; each holds one parameter at a time
 LARGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
@@ -173,7 +175,7 @@ def weight_files(folder: Path, single: str) -> list[Path]:
         return [folder / single] if (folder / single).is_file() else []
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} cannot be read: {type(error).__name__}: {error}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -248,16 +250,14 @@ def fill(
         UserError: naming every missing, unknown and wrongly shaped tensor in one message.
     """
     check_names(table, source, path, ignored)
-    mistakes = []
-    for name, parameter in list(model.named_parameters()):
-        if name not in table:
-            continue
+
+    def load(name: str, parameter: nn.Parameter) -> str | None:
+        """Fills one parameter, or says why it cannot be."""
         entry, layout = table[name], layout_of(parameter)
         found = " + ".join(entry.names)
         numbers = [file_name for file_name in entry.names if not source.shape(file_name)]
         if numbers:
-            mistakes.append(f"{numbers[0]} is a single number, not of {list(parameter.shape)}")
-            continue
+            return f"{numbers[0]} is a single number, not of {list(parameter.shape)}"
         try:
             parts = entry.reshape.parts([source.read(file_name) for file_name in entry.names])
             if group is not None:
@@ -265,20 +265,20 @@ def fill(
                 parts = [share_of(part, layout, group) for part in parts]
             tensor = entry.reshape.join(parts, dtype, device)
         except (RuntimeError, ValueError, IndexError) as error:
-            said = str(error).partition("\n")[0]
-            mistakes.append(f"{found}: {said}")
-            continue
+            return f"{found}: {str(error).partition(chr(10))[0]}"
         if tensor.shape != parameter.shape:
-            shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
-            mistakes.append(f"{found} gives {shapes}")
-            continue
-        if not mistakes:
-            put(model, name, tensor)
+            return f"{found} gives {list(tensor.shape)}, not {list(parameter.shape)}"
+        put(model, name, tensor)
         if all(_apart(tensor, part) for part in parts):
             del parts
             for file_name in entry.names:
                 source.release(file_name)
-    refuse(path, mistakes)
+        return None
+
+    wanted = [(name, p) for name, p in model.named_parameters() if name in table]
+    with ThreadPoolExecutor(READERS) as pool:  # pages are read, and converted, side by side
+        outcomes = pool.map(load, *zip(*wanted, strict=True))
+        refuse(path, [outcome for outcome in outcomes if outcome is not None])
 
 
 def _apart(tensor: Tensor, other: Tensor) -> bool:

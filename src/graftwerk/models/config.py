@@ -19,6 +19,10 @@ ACTIVATIONS = (
 )
 NORMALIZATIONS = ("layernorm", "layernorm1p", "rmsnorm")
 POSITIONS = ("learned_absolute", "rope", "relative", "none")
+POSITIVE = ("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+LARGEST = {"num_layers": 1000, "decoder_num_layers": 1000}  # models have some hundred at most
+LARGEST_SIZE = 1 << 31
+LARGEST_NUMBER = 1e12
 HEADS = ("masked_lm", "classification", "tagging", "question_answering")
 
 
@@ -108,6 +112,7 @@ class TransformerConfig:
     embedding_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if not self.num_query_groups:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if not self.kv_channels:
@@ -132,6 +137,26 @@ class TransformerConfig:
         self._check_name("position_embedding_type", POSITIONS)
         self._check_name("transformer_block_type", ("pre_ln", "post_ln"))
         self._check_name("head", (None, *HEADS))
+
+    def _check_numbers(self) -> None:
+        """Numbers and switches come from files: each must be of its kind, and none absurd."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                least = 1 if field.name in POSITIVE else 0
+                most = LARGEST.get(field.name, LARGEST_SIZE)
+                right = type(value) is int and least <= value <= most
+                needed = f"a whole number from {least} to {most}"
+            elif field.type is float:
+                most = 1.0 if field.name.endswith("dropout") else LARGEST_NUMBER
+                right = isinstance(value, int | float) and 0 <= value <= most
+                needed = f"a number from 0 to {most:g}"
+            elif field.type is bool:
+                right, needed = isinstance(value, bool), "true or false"
+            else:
+                continue
+            if not right:
+                raise UserError(f"model.{field.name}={value!r} must be {needed}")
 
     def _check_name(self, field: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, field) not in allowed:
