@@ -21,6 +21,7 @@ from graftwerk.checkpoints.resume import (
     put_aside,
     read_checkpoint,
 )
+from graftwerk.checkpoints.shards import check_space
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
@@ -74,6 +75,7 @@ def run(stage: str, cfg: DictConfig) -> int:
     learner = build_learner(stage, cfg, base, tokenizer, device)
     resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
     module, trainer, callbacks = assemble(cfg, learner, data, steps, world, device, folder, resumed)
+    check_room(module, callbacks, folder, Path(str(cfg.model.nemo_path)))
     if resumed is not None:
         _say_resumed(say, resumed, steps)
     try:
@@ -115,6 +117,19 @@ def check(stage: str, cfg: DictConfig, world: World) -> None:
         )
     base_of(model)
     method_from_config(model, stage)
+
+
+def check_room(
+    module: LearningModule, callbacks: CheckpointCallbacks, folder: Path, path: Path
+) -> None:
+    """Raises a UserError where checkpoints and result would not find room on the disk.
+
+    A checkpoint has each trained weight and two numbers of the optimizer's beside it.
+    """
+    weights = sum(parameter.nbytes for parameter in module.trained.values())
+    there = sum(file.stat().st_size for file in (folder / "checkpoints").glob("*.ckpt"))
+    check_space(folder, weights + 3 * weights * callbacks.most_files() - there)
+    check_space(path, weights)
 
 
 def log_folder(cfg: DictConfig) -> Path:

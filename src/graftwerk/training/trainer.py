@@ -238,6 +238,11 @@ class CheckpointCallbacks:
     def list(self) -> list[Callback]:
         return [self.last] if self.top is None else [self.top, self.last]
 
+    def most_files(self) -> int:
+        """Checkpoints that lie on the disk at one time, each while the one it replaces is there."""
+        top = 0 if self.top is None else max(self.top.save_top_k, 1) + 1
+        return top + (0 if self.last.path is None else 2)
+
 
 def build_trainer(
     cfg: DictConfig,

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,3 +205,10 @@ def test_a_terminal_gets_a_bar_with_loss_and_speed(cfg, monkeypatch, capsys):
     assert "step 7/12" not in out
     for word in ("train_loss", "samples/s", "tokens/s", "val_loss"):
         assert word in out
+
+
+def test_a_disk_without_room_is_named_before_training_starts(cfg, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"the disk has 0.00 GB free"):
+        learning.run("adapter_learning", cfg)
+    assert not list(results(cfg).rglob("*")) and not Path(cfg.model.nemo_path).exists()
