@@ -211,4 +211,5 @@ def test_a_disk_without_room_is_named_before_training_starts(cfg, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"the disk has 0.00 GB free"):
         learning.run("adapter_learning", cfg)
-    assert not list(results(cfg).rglob("*")) and not Path(cfg.model.nemo_path).exists()
+    assert not list(results(cfg).rglob("*"))
+    assert not Path(cfg.model.nemo_path).exists()
