@@ -298,7 +298,8 @@ def from_config(config: TransformerConfig, mcore: bool) -> dict[str, Any]:
     lost = [key for key, value in plain.to_dict().items() if back.to_dict()[key] != value]
     if lost:
         said = ", ".join(f"{key}={plain.to_dict()[key]}" for key in lost)
-        raise UserError(f"the model cannot be written as .nemo: NeMo has no key for {said}")
+        names = "; mcore names have one" if set(lost) <= {"qkv_bias", "qk_layernorm"} else ""
+        raise UserError(f"the model cannot be written as .nemo: NeMo has no key for {said}{names}")
     return values
 
 

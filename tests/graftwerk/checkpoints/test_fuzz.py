@@ -36,7 +36,7 @@ from tests.graftwerk import nemo_files
 from tests.graftwerk.tiny import tiny_gpt
 
 ROOT = Path(__file__).resolve().parents[3]
-RANDOM_DAMAGES = 130  # files of each sample
+RANDOM_DAMAGES = 110  # files of each sample
 MEMORY = 1 << 30  # bytes that a damaged file may make the process ask for, above its start
 RESIDENT = 200 << 20  # bytes of them that may be touched
 SHAPE = TransformerConfig(
@@ -55,7 +55,11 @@ def test_damaged_and_hostile_files_are_refused_with_one_clear_error(tmp_path: Pa
     environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True
+        [os.path.abspath(sys.executable), "-c", code],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     said = json.loads(done.stdout.splitlines()[-1])
@@ -64,7 +68,8 @@ def test_damaged_and_hostile_files_are_refused_with_one_clear_error(tmp_path: Pa
     assert said["outside"] == []
     assert said["refused"] > said["files"] // 2, "most damages are noticed"
     assert said["resident"] < RESIDENT
-    assert os.listdir(temporary) == []
+    left = [name for name in os.listdir(temporary) if not name.startswith("torchinductor")]
+    assert left == [], "what torch itself makes when it is imported aside"
     assert sorted(os.listdir(tmp_path)) == ["place", "tmp"]
 
 
