@@ -77,6 +77,44 @@ def widening(composition: Composition | str | None) -> set[str]:
     return set().union(*(widening(child) for child in composition.children))
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Where prompts lie among a row's virtual tokens: `total` of them, `starts` by adapter."""
+
+    total: int
+    starts: dict[str, int]
+
+
+def place_prompts(
+    composition: Composition | str | None, lengths: Mapping[str, int], start: int = 0
+) -> Prompts:
+    """Prompts of a `Stack` one after the other, those of a `Parallel` at the same place.
+
+    Raises:
+        UserError: where children of a `Parallel` have prompts of different lengths.
+    """
+    if composition is None:
+        return Prompts(0, {})
+    if isinstance(composition, str):
+        length = lengths[composition]
+        return Prompts(length, {composition: start} if length else {})
+    starts: dict[str, int] = {}
+    totals = []
+    for child in composition.children:
+        offset = start + (0 if isinstance(composition, Parallel) else sum(totals))
+        placed = place_prompts(child, lengths, offset)
+        starts |= placed.starts
+        totals.append(placed.total)
+    if not isinstance(composition, Parallel):
+        return Prompts(sum(totals), starts)
+    if len(set(totals)) > 1:
+        raise UserError(
+            f"{composition!r}: its children put {totals} virtual tokens before a row; side by side "
+            f"they must be as many"
+        )
+    return Prompts(totals[0], starts)
+
+
 def resolve(
     composition: Composition | str | None, parts: Mapping[str, nn.Module]
 ) -> Callable[[SlotCall], Tensor] | None:

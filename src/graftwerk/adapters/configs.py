@@ -1,12 +1,14 @@
 """Method configurations, and how the YAML of a stage names one."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from graftwerk.adapters.methods.bottleneck import BottleneckConfig
 from graftwerk.adapters.methods.ia3 import IA3Config
 from graftwerk.adapters.methods.lora import LoRAConfig
-from graftwerk.adapters.part import Part
-from graftwerk.adapters.slots import Site
+from graftwerk.adapters.methods.prefix import PrefixTuningConfig
+from graftwerk.adapters.methods.prompt import PromptTuningConfig, PTuningConfig
+from graftwerk.adapters.methods.selective import SelectiveConfig
+from graftwerk.adapters.part import MethodSettings
 from graftwerk.errors import UserError
 
 __all__ = [
@@ -15,20 +17,30 @@ __all__ = [
     "IA3Config",
     "LoRAConfig",
     "MethodConfig",
+    "PTuningConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "SelectiveConfig",
     "method_from_config",
 ]
 
 # By the name that an adapter file holds.
 METHODS: dict[str, Any] = {
-    method.__name__: method for method in (BottleneckConfig, IA3Config, LoRAConfig)
+    method.__name__: method
+    for method in (
+        BottleneckConfig,
+        IA3Config,
+        LoRAConfig,
+        PTuningConfig,
+        PrefixTuningConfig,
+        PromptTuningConfig,
+        SelectiveConfig,
+    )
 }
 ADAPTER_TYPES = ("parallel_adapter", "linear_adapter")
 
 
-class MethodConfig(Protocol):
-    """A frozen dataclass of a method's settings that makes the method's part for a slot."""
-
-    def create(self, site: Site) -> Part | None: ...
+MethodConfig = MethodSettings
 
 
 def method_from_config(model: Any, stage: str) -> tuple[str, MethodConfig]:

@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwerk.adapters.composition import Composition, names, resolve, widening, width
+from graftwerk.adapters.composition import (
+    Composition,
+    names,
+    place_prompts,
+    resolve,
+    widening,
+    width,
+)
 from graftwerk.adapters.configs import MethodConfig
 from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.part import Part
+from graftwerk.adapters.replacements import Replacements
 from graftwerk.adapters.slots import Slot, slots_of
 from graftwerk.errors import UserError
 
@@ -24,6 +32,8 @@ class AdapterModel(nn.Module):
         self.active: Composition | str | None = None
         self.width = 1  # copies of the batch that the active composition needs
         self.widen_at: int | None = None  # the layer before which the batch is repeated
+        self.virtual_tokens = 0  # columns that active prompts put before every row
+        self.replacements = Replacements()  # copies of the base's parameters that adapters train
 
     def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
         """Creates an adapter's part in each slot that its method matches; activates nothing.
@@ -39,10 +49,22 @@ class AdapterModel(nn.Module):
         if not name.replace("-", "_").isidentifier():
             raise UserError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
         device = next(self.parameters()).device
+        made: list[tuple[Slot, Part]] = []
         for slot in slots_of(self).values():
-            part = config.create(slot.site)
+            part = config.create(slot.site) if config.selects(slot.site) else None
             if part is not None:
-                slot.adapter_layer[name] = part.to(device).train(slot.training)
+                made.append((slot, part))
+        config.tie([(slot.site, part) for slot, part in made])
+        replaced = {key: p for key, p in self.base_parameters() if config.replaces(key)}
+        if not made and not replaced:
+            raise UserError(
+                f"adapter {name!r}: {type(config).__name__} with layer_selection="
+                f"{config.layer_selection} has no place in this model"
+            )
+        for slot, part in made:
+            slot.adapter_layer[name] = part.to(device).train(slot.training)
+        if replaced:
+            self.replacements.add(name, replaced)
         if head and self.label_head is not None:
             heads = self._heads or Heads(self.get_submodule("head"))
             heads.add(name)
@@ -57,6 +79,7 @@ class AdapterModel(nn.Module):
         for slot in slots_of(self).values():
             if name in slot.adapter_layer:
                 del slot.adapter_layer[name]
+        self.replacements.remove(name)
         heads = self._heads
         if heads is not None and heads.remove(name):
             self.head = heads.own
@@ -71,11 +94,18 @@ class AdapterModel(nn.Module):
         for name in names(composition):
             self._check_known(name)
         slots = slots_of(self).values()
+        prompts = [self.prompt_length(name) for name in names(composition)]
+        virtual = place_prompts(composition, dict(zip(names(composition), prompts, strict=True)))
+        self.replacements.set_active(self, composition)
         for slot in slots:
+            for name, part in slot.adapter_layer.items():
+                if name in virtual.starts:
+                    part.start = virtual.starts[name]  # type: ignore[assignment]
             slot.active = resolve(composition, dict(slot.adapter_layer.items()))
         if self._heads is not None:
             self._heads.set_active(composition)
         self.active = composition
+        self.virtual_tokens = virtual.total
         self.width = width(composition)
         wide = widening(composition)
         layers = [slot.site.layer for slot in slots if wide & set(slot.adapter_layer)]
@@ -89,6 +119,16 @@ class AdapterModel(nn.Module):
                 part = slot.adapter_layer[name]
                 assert isinstance(part, Part)
                 yield path, slot, part
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base's own parameters by name, whatever adapters stand in for them at the moment."""
+        for name, parameter in self.named_parameters():
+            if ".adapter_layer." not in name and not name.startswith("replacements."):
+                yield name, self.replacements.originals.get(name, parameter)
+
+    def prompt_length(self, name: str) -> int:
+        """Virtual tokens of an adapter: 0 for methods that have none."""
+        return int(getattr(self.adapters[name], "virtual_tokens", 0))
 
     @property
     def label_head(self) -> str | None:
@@ -113,11 +153,14 @@ class AdapterModel(nn.Module):
 
         Those of its head are `head.<parameter>`.
         """
-        state = {
-            f"{path}.{key}": value.detach()
-            for path, _, part in self.parts(name)
-            for key, value in part.state_dict().items()
-        }
+        state: dict[str, Tensor] = {}
+        seen: set[int] = set()  # parameters that parts share are kept under the first name
+        for path, _, part in self.parts(name):
+            for key, value in part.state_dict(keep_vars=True).items():
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    state[f"{path}.{key}"] = value.detach()
+        state |= {key: value.detach() for key, value in self.replacements.of(name).items()}
         head = self.head_of(name)
         if head is not None:
             state |= {key: value.detach() for key, value in head.state_dict().items()}
@@ -159,6 +202,8 @@ class AdapterModel(nn.Module):
         for name in self.adapters:
             for _, _, part in self.parts(name):
                 part.requires_grad_(True)
+            for parameter in self.replacements.of(name).values():
+                parameter.requires_grad_(True)
             head = self.head_of(name)
             if head is not None:
                 head.requires_grad_(True)

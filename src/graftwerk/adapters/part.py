@@ -44,6 +44,65 @@ class Part(nn.Module, ABC):
         return {}
 
 
+POSITION_STRATEGIES = (None, "add", "concat", "mlpconcat", "biasadd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What every method's configuration can say (NeMo's `layer_selection` and `weight_tying`).
+
+    Args:
+        layer_selection: layers that get parts, numbered from 1 over the whole model; None: all.
+            What lies before the first layer is no layer: it is always selected.
+        weight_tying: the parts of all layers at one place share their weights.
+        position_embedding_strategy: how a tied part learns which layer it is in.
+    """
+
+    layer_selection: tuple[int, ...] | None = None
+    weight_tying: bool = False
+    position_embedding_strategy: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.position_embedding_strategy not in POSITION_STRATEGIES:
+            known = ", ".join(str(name) for name in POSITION_STRATEGIES)
+            raise UserError(
+                f"position_embedding_strategy={self.position_embedding_strategy!r}: one of {known}"
+            )
+
+    def selects(self, site: Site) -> bool:
+        """Whether the method may have a part at a site."""
+        chosen = self.layer_selection
+        return chosen is None or site.layer < 0 or site.layer + 1 in chosen
+
+    def create(self, site: Site) -> Part | None:
+        """The part for a slot at this site, or None where the method has none."""
+        raise NotImplementedError
+
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter has its own copy of this parameter of the base."""
+        return False
+
+    def tie(self, parts: list[tuple[Site, Part]]) -> None:
+        """Lets parts share parameters, once all of them are made."""
+        if self.weight_tying:
+            first: dict[str, Part] = {}
+            for site, part in parts:
+                if (owner := first.setdefault(site.name, part)) is not part:
+                    share_parameters(owner, part)
+
+
+def share_parameters(owner: nn.Module, other: nn.Module) -> None:
+    """Makes `other` use the parameters of `owner`, wherever it has one of that name."""
+    for name, parameter in owner.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = other.get_submodule(path)
+        except AttributeError:
+            continue
+        if leaf in module._parameters:
+            setattr(module, leaf, parameter)
+
+
 class PartLinear(nn.Linear):
     """A linear layer that computes in the type of its input, whatever its weights' type."""
 

@@ -22,7 +22,7 @@ class Site:
     layer from 0 (-1: the embeddings). `split` says what tensor parallelism does to the slot:
     `column`: outputs are split over ranks; `row`: inputs are split and the output is a partial sum;
     `replicated`: every rank sees the whole. `blocks`: the outputs are this many runs of features
-    (gate and up: 2), each of which is split apart.
+    (gate and up: 2), each of which is split apart. `stack` is `encoder` or `decoder`.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Site:
     out_features: int
     split: Split = "replicated"
     blocks: int = 1
+    stack: str = "decoder"
 
 
 @dataclass(slots=True)
@@ -40,7 +41,8 @@ class SlotCall:
     `output`: what the sublayer made, to be changed. `input`: what went into the sublayer or the
     projection. `residual`: the residual stream before the sublayer's result is added. `norm`: the
     layer norm that follows the addition, in post-norm models. `bias`: the bias that `output`
-    already includes. `positions`: [batch or 1, sequence].
+    already includes. `positions`: [batch or 1, sequence]. `virtual`: how many of the first columns
+    are virtual tokens, for a prompt to fill.
     """
 
     output: Tensor
@@ -49,6 +51,7 @@ class SlotCall:
     norm: nn.Module | None = None
     bias: Tensor | None = None
     positions: Tensor | None = None
+    virtual: int = 0
 
     def chunks(self, n: int) -> list["SlotCall"]:
         """The calls of `n` equal runs of batch rows."""
@@ -86,10 +89,11 @@ class Slot(nn.Module):
         norm: nn.Module | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
+        virtual: int = 0,
     ) -> Tensor:
         if self.active is None:
             return output
-        return self.active(SlotCall(output, input, residual, norm, bias, positions))
+        return self.active(SlotCall(output, input, residual, norm, bias, positions, virtual))
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, layer {self.site.layer}"

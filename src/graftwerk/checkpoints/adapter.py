@@ -107,6 +107,9 @@ def method_of(config: dict[str, Any], path: str | Path) -> MethodConfig:
 
 def _alike(value: Any, default: Any) -> bool:
     """Whether a value is of the kind of a field's default: numbers, text, names."""
+    if default is None:  # text, or numbers of layers
+        layers = isinstance(value, tuple) and all(type(number) is int for number in value)
+        return value is None or isinstance(value, str) or layers
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
     if isinstance(default, int | float) and not isinstance(default, bool):

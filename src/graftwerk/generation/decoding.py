@@ -102,7 +102,7 @@ class _Batch:
         lengths = [len(tokens) for tokens in first.read]
         self.lengths = torch.tensor(lengths, device=self.device)
         # How many tokens a row may get: the last needs no position of its own.
-        longest, most = model.config.max_position_embeddings, sampling.tokens_to_generate
+        longest, most = model.longest, sampling.tokens_to_generate
         self.rooms = [min(most, longest - n + 1) if longest else most for n in lengths]
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:

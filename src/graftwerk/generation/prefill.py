@@ -27,7 +27,7 @@ def check(model: GPT | T5 | BERT, prompts: Sequence[Sequence[int]]) -> None:
     """Raises a UserError for a model that continues nothing and for prompts without room."""
     if isinstance(model, BERT):
         raise UserError("a BERT does not continue text: use a GPT or a T5")
-    longest = model.config.max_position_embeddings  # 0: no limit
+    longest = model.longest  # 0: no limit
     behind = 1 if isinstance(model, GPT) else 0  # room for a token in the same positions
     for number, prompt in enumerate(prompts):
         if not prompt:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.models.cache import KeyValueCache
@@ -48,6 +49,12 @@ class Transformer(AdapterModel):
         return x.reshape(self.width, -1, x.shape[-1])[:, select].flatten(0, 1)
 
     @property
+    def longest(self) -> int:
+        """The most tokens of a row: the model's positions less those of prompts; 0: no limit."""
+        limit = self.config.max_position_embeddings
+        return max(limit - self.virtual_tokens, 1) if limit else 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the base's weights."""
         return self.embedding.word_embeddings.weight.dtype
@@ -88,6 +95,37 @@ class OutputLayer(nn.Module):
         """[..., h] -> [..., V]."""
         weight = embeddings if self.weight is None else self.weight
         return nn.functional.linear(x, weight, self.bias)
+
+
+def with_virtual(
+    count: int,
+    tokens: Tensor,
+    positions: Tensor | None,
+    end: Tensor | None,
+    select: Tensor | None,
+    first: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The arguments of a pass with `count` virtual tokens in front of each row.
+
+    Everything else moves back by as many, its positions too. They are seen by all, so rows of
+    several documents share them. On later passes of a cache (`first` False) they are there already.
+    """
+    length = tokens.shape[1]
+    forever = torch.iinfo(torch.int64).max
+    if positions is not None:
+        positions = positions + count
+    if end is not None:
+        end = end.clamp(max=forever - count) + count
+    if first:
+        tokens = F.pad(tokens, (count, 0))
+        if positions is not None:
+            ahead = torch.arange(count, device=tokens.device).expand(len(positions), -1)
+            positions = torch.cat([ahead, positions], 1)
+        if end is not None:
+            end = torch.cat([end.new_full((len(end), count), forever), end], 1)
+        if select is not None:
+            select = select // length * (length + count) + select % length + count
+    return tokens, positions, end, select
 
 
 def decoder_context(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.models.base import Transformer
+from graftwerk.models.base import Transformer, with_virtual
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import ACTIVATIONS, Context, Layers, make_norm
 from graftwerk.models.positions import same_document
@@ -15,7 +15,7 @@ class BERT(Transformer):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.encoder = Layers(config, config.num_layers)
+        self.encoder = Layers(config, config.num_layers, stack="encoder")
         self.pooler = Pooler(config) if config.pooler else None
         self.head: nn.Module | None = None
         if config.head == "masked_lm":
@@ -72,17 +72,22 @@ class BERT(Transformer):
         token_types: Tensor | None = None,
     ) -> Tensor:
         """[B, S, h] behind the last layer; arguments as in `forward`."""
+        virtual = self.virtual_tokens
+        if virtual:
+            tokens, positions, _, _ = with_virtual(virtual, tokens, positions, None, None)
+            token_types = None if token_types is None else F.pad(token_types, (virtual, 0))
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         context = Context(positions)
         if documents is not None:
-            context.mask = same_document(documents)
+            context.mask = same_document(documents, virtual)
         if self.widen_at == -1:
             tokens = tokens.repeat(self.width, 1)
             token_types = None if token_types is None else token_types.repeat(self.width, 1)
             context.widen(self.width)
-        x = self.embedding(tokens, context.positions, token_types)
-        return self.encoder.finish(self.encoder(x, context, self.width, self.widen_at))
+        x = self.embedding(tokens, context.positions, token_types, virtual)
+        x = self.encoder(x, context, self.width, self.widen_at)[:, virtual:]
+        return self.encoder.finish(x)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The first token's state, [B, S, h] -> [B, h], through the pooler where there is one."""

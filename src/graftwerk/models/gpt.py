@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from graftwerk.models.base import Transformer, decoder_context
+from graftwerk.models.base import Transformer, decoder_context, with_virtual
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Layers
@@ -39,10 +39,17 @@ class GPT(Transformer):
             [B, S, V], or [N, V] under `select`. Under an active `Parallel` of n children the batch
             is n*B rows, child after child, and `select` holds for each child: n*N rows.
         """
+        virtual = self.virtual_tokens
+        first = cache is None or not cache.length
+        if virtual:
+            arguments = with_virtual(virtual, tokens, positions, end, select, first)
+            tokens, positions, end, select = arguments
+        columns = virtual if first else 0
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
         if self.widen_at == -1:
             tokens = tokens.repeat(self.width, 1)
             context.widen(self.width)
-        x = self.embedding(tokens, context.positions)
+        x = self.embedding(tokens, context.positions, virtual=columns)
         x = self.decoder(x, context, self.width, self.widen_at)
-        return self.logits(self.decoder.finish(self.selected(x, select)))
+        x = x[:, columns:] if select is None else self.selected(x, select)
+        return self.logits(self.decoder.finish(x))

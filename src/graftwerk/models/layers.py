@@ -100,7 +100,7 @@ class Attention(nn.Module):
     model, `layer` that among its stack.
     """
 
-    def __init__(self, config: TransformerConfig, layer: int, number: int):
+    def __init__(self, config: TransformerConfig, layer: int, number: int, stack: str):
         super().__init__()
         self.layer = layer
         self.head_size = config.kv_channels
@@ -119,7 +119,7 @@ class Attention(nn.Module):
             self.key_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
 
         def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
-            return Slot(Site(name, number, inputs, outputs, split))
+            return Slot(Site(name, number, inputs, outputs, split, stack=stack))
 
         self.qkv = slot("qkv", hidden, query + 2 * key)
         self.query = slot("query", hidden, query)
@@ -127,6 +127,7 @@ class Attention(nn.Module):
         self.value = slot("value", hidden, key)
         self.keys = slot("keys", key, key)
         self.values = slot("values", key, key)
+        self.prefix = Slot(Site("prefix", number, hidden, 2 * key, "column", 2, stack))
         self.output = slot("output", query, hidden, "row")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -144,6 +145,9 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
         mask, causal = context.seen(self.windowed)
+        if self.prefix.active is not None:
+            key, value, mask = put_prefix(self.prefix, key, value, mask, causal)
+            causal = False
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -175,7 +179,7 @@ class CrossAttention(nn.Module):
     `linear_q` [heads d, h]; `linear_kv` holds each group's key, then its value: [2 groups d, h].
     """
 
-    def __init__(self, config: TransformerConfig, layer: int, number: int):
+    def __init__(self, config: TransformerConfig, layer: int, number: int, stack: str):
         super().__init__()
         self.layer = layer
         self.head_size = config.kv_channels
@@ -188,13 +192,14 @@ class CrossAttention(nn.Module):
         self.linear_proj = nn.Linear(query, hidden, bias=config.bias)
 
         def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
-            return Slot(Site(name, number, inputs, outputs, split))
+            return Slot(Site(name, number, inputs, outputs, split, stack=stack))
 
         self.query = slot("cross_query", hidden, query)
         self.key = slot("cross_key", hidden, key)
         self.value = slot("cross_value", hidden, key)
         self.keys = slot("cross_keys", key, key)
         self.values = slot("cross_values", key, key)
+        self.prefix = Slot(Site("cross_prefix", number, hidden, 2 * key, "column", 2, stack))
         self.output = slot("cross_output", query, hidden, "row")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -208,11 +213,14 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache.cross[self.layer] = held
         key, value = held
+        mask = context.states_mask
+        if self.prefix.active is not None:
+            key, value, mask = put_prefix(self.prefix, key, value, mask, causal=False)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=context.states_mask,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
             enable_gqa=self.heads_per_group > 1,
@@ -228,6 +236,21 @@ class CrossAttention(nn.Module):
         return key.unflatten(-1, (-1, self.head_size)), value.unflatten(-1, (-1, self.head_size))
 
 
+def put_prefix(
+    slot: Slot, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [B, K, groups, d] with the slot's before them, and a mask that shows them."""
+    batch, seen, groups, size = key.shape
+    rows = slot(key.new_empty(batch, 0, 2 * groups * size))
+    length = rows.shape[1]
+    rows = rows.unflatten(-1, (2, groups, size))
+    if causal:
+        mask = torch.ones(seen, seen, dtype=torch.bool, device=key.device).tril()
+    if mask is not None:
+        mask = F.pad(mask, (length, 0), value=1 if mask.dtype == torch.bool else 0)
+    return torch.cat([rows[:, :, 0], key], 1), torch.cat([rows[:, :, 1], value], 1), mask
+
+
 def attention_scale(config: TransformerConfig, layer: int) -> float:
     """What scores are multiplied with before the softmax."""
     scale = config.kv_channels**-0.5 if config.normalize_attention_scores else 1.0
@@ -237,7 +260,7 @@ def attention_scale(config: TransformerConfig, layer: int) -> float:
 class MLP(nn.Module):
     """`linear_fc2(activation(linear_fc1(x)))`; gated: `linear_fc1` is [gate; up], [2 ffn, h]."""
 
-    def __init__(self, config: TransformerConfig, number: int):
+    def __init__(self, config: TransformerConfig, number: int, stack: str):
         super().__init__()
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
@@ -245,11 +268,15 @@ class MLP(nn.Module):
         wide = 2 * inner if config.gated else inner
         self.linear_fc1 = nn.Linear(hidden, wide, bias=bool(config.mlp_bias))
         self.linear_fc2 = nn.Linear(inner, hidden, bias=bool(config.mlp_bias))
-        self.fc1 = Slot(Site("fc1", number, hidden, wide, "column", wide // inner))
-        self.gate = Slot(Site("gate", number, hidden, inner, "column")) if config.gated else None
-        self.up = Slot(Site("up", number, hidden, inner, "column")) if config.gated else None
-        self.inner = Slot(Site("mlp_inner", number, inner, inner, "column"))
-        self.fc2 = Slot(Site("fc2", number, inner, hidden, "row"))
+
+        def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
+            return Slot(Site(name, number, inputs, outputs, split, outputs // inner, stack))
+
+        self.fc1 = slot("fc1", hidden, wide)
+        self.gate = slot("gate", hidden, inner) if config.gated else None
+        self.up = slot("up", hidden, inner) if config.gated else None
+        self.inner = slot("mlp_inner", inner, inner)
+        self.fc2 = Slot(Site("fc2", number, inner, hidden, "row", stack=stack))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
@@ -270,26 +297,26 @@ class TransformerLayer(nn.Module):
     `x + attention(norm(x)) + mlp(norm(x))`. A decoder's layer has cross-attention between the two.
     """
 
-    def __init__(self, config: TransformerConfig, layer: int, number: int, cross: bool = False):
+    def __init__(self, config: TransformerConfig, layer: int, number: int, cross: bool, stack: str):
         super().__init__()
         hidden = config.hidden_size
         self.number = number
         self.parallel_residual = config.parallel_residual
         post = config.transformer_block_type == "post_ln"
         self.input_layernorm = None if post else make_norm(config)
-        self.self_attention = Attention(config, layer, number)
-        self.attention_output = Slot(Site("attention_output", number, hidden, hidden))
+        self.self_attention = Attention(config, layer, number, stack)
+        self.attention_output = Slot(Site("attention_output", number, hidden, hidden, stack=stack))
         self.post_attention_layernorm = make_norm(config) if post else None
         self.cross_attention = None
         if cross:
             self.pre_cross_attention_layernorm = make_norm(config)
-            self.cross_attention = CrossAttention(config, layer, number)
+            self.cross_attention = CrossAttention(config, layer, number, stack)
             self.cross_attention_output = Slot(
-                Site("cross_attention_output", number, hidden, hidden)
+                Site("cross_attention_output", number, hidden, hidden, stack=stack)
             )
         self.pre_mlp_layernorm = None if post or config.shared_layernorm else make_norm(config)
-        self.mlp = MLP(config, number)
-        self.mlp_output = Slot(Site("mlp_output", number, hidden, hidden))
+        self.mlp = MLP(config, number, stack)
+        self.mlp_output = Slot(Site("mlp_output", number, hidden, hidden, stack=stack))
         self.post_mlp_layernorm = make_norm(config) if post else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -350,11 +377,12 @@ class Layers(nn.Module):
         first: int = 0,
         cross: bool = False,
         relative_position: nn.Module | None = None,
+        stack: str = "decoder",
     ):
         super().__init__()
         self.relative_position = relative_position
         self.layers = nn.ModuleList(
-            TransformerLayer(config, i, first + i, cross) for i in range(count)
+            TransformerLayer(config, i, first + i, cross, stack) for i in range(count)
         )
         self.final_layernorm = make_norm(config) if config.final_layernorm else None
         self.projection = None
@@ -412,8 +440,17 @@ class Embedding(nn.Module):
         self.output = Slot(Site("embedding", -1, hidden, hidden))
         self.dropout = nn.Dropout(config.embedding_dropout)
 
-    def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
-        """Tokens [B, S], positions [B or 1, S] and token types [B, S] or None (0) -> [B, S, h]."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        types: Tensor | None = None,
+        virtual: int = 0,
+    ) -> Tensor:
+        """Tokens [B, S], positions [B or 1, S] and token types [B, S] or None (0) -> [B, S, h].
+
+        The first `virtual` columns are for prompts to fill.
+        """
         x = self.word_embeddings(tokens)
         if self.projection is not None:
             x = self.projection(x)
@@ -425,4 +462,4 @@ class Embedding(nn.Module):
             x = x + self.position_embeddings(positions + self.position_offset)
         if self.layernorm is not None:
             x = self.layernorm(x)
-        return self.dropout(self.output(x, positions=positions))
+        return self.dropout(self.output(x, positions=positions, virtual=virtual))

@@ -30,9 +30,20 @@ def visibility(
     return mask[:, None]
 
 
-def same_document(documents: Tensor) -> Tensor:
-    """The mask [B, 1, S, S] in which tokens see those of their document; documents [B, S]."""
-    return (documents[:, :, None] == documents[:, None, :])[:, None]
+def same_document(documents: Tensor, virtual: int = 0) -> Tensor:
+    """The mask [B, 1, v + S, v + S] in which tokens see those of their document; documents [B, S].
+
+    `virtual` columns are put in front, which all see and which see themselves alone, or the row
+    where it is one document.
+    """
+    mask = documents[:, :, None] == documents[:, None, :]
+    if virtual:
+        mask = nn.functional.pad(mask, (virtual, 0), value=True)
+        real = documents >= 0
+        single = (documents <= 0).all(1, True)  # a prompt reads the text that it stands before
+        ahead = nn.functional.pad(real & single, (virtual, 0), value=True)
+        mask = torch.cat([ahead[:, None].expand(-1, virtual, -1), mask], 1)
+    return mask[:, None]
 
 
 def rotary_angles(

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from graftwerk.models.base import Transformer, decoder_context
 from graftwerk.models.cache import KeyValueCache
@@ -23,6 +24,7 @@ class T5(Transformer):
             config,
             config.num_layers,
             relative_position=RelativePosition(config, bidirectional=True) if relative else None,
+            stack="encoder",
         )
         self.decoder = Layers(
             config,
@@ -61,7 +63,8 @@ class T5(Transformer):
         if source is not None:
             context.states = self.encode(source, source_documents)
             if source_documents is not None:
-                context.states_mask = (source_documents == 0)[:, None, None]
+                seen = F.pad(source_documents == 0, (self.virtual_tokens, 0), value=True)
+                context.states_mask = seen[:, None, None]
             if cache is not None:
                 cache.cross_mask = context.states_mask
             wide = len(context.states) > len(tokens)
@@ -81,18 +84,21 @@ class T5(Transformer):
     def encode(self, source: Tensor, documents: Tensor | None = None) -> Tensor:
         """Encoder states [B, E, h] of source tokens [B, E]; arguments as in `forward`.
 
-        Under a `Parallel` that begins in the encoder they are n*B rows.
+        Those of active prompts come first: v + E states. Under a `Parallel` that begins in the
+        encoder they are n*B rows.
         """
+        virtual = self.virtual_tokens
+        source = F.pad(source, (virtual, 0))
         positions = torch.arange(source.shape[1], device=source.device)[None]
         context = Context(positions)
         if documents is not None:
-            context.mask = same_document(documents)
+            context.mask = same_document(documents, virtual)
         if self.encoder.relative_position is not None:
             context.scores = self.encoder.relative_position(source.shape[1], source.shape[1])
         if self.widen_at == -1:
             source = source.repeat(self.width, 1)
             context.widen(self.width)
-        x = self.embedding(source, context.positions)
+        x = self.embedding(source, context.positions, virtual=virtual)
         return self.encoder.finish(self.encoder(x, context, self.width, self.widen_at))
 
     def _add_relative_scores(self, context: Context, new: int) -> None:

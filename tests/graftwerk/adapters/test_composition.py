@@ -6,20 +6,9 @@ import pytest
 import torch
 
 from graftwerk.adapters import BottleneckConfig, IA3Config, LoRAConfig, Parallel, Stack
-from graftwerk.adapters.slots import Site
 from graftwerk.errors import UserError
 from graftwerk.models import GPT, KeyValueCache
 from tests.graftwerk.tiny import SHAPES, shake, tiny_gpt, tokens
-
-
-class UpperLayers:
-    """A method that has parts from layer 1 upwards only."""
-
-    def __init__(self, method):
-        self.method = method
-
-    def create(self, site: Site):
-        return self.method.create(site) if site.layer >= 1 else None
 
 
 @pytest.fixture(params=SHAPES)
@@ -28,8 +17,8 @@ def model(request) -> GPT:
     for seed, (name, config) in enumerate(
         {
             "low": IA3Config(),
-            "a": UpperLayers(BottleneckConfig(dim=4)),
-            "b": UpperLayers(LoRAConfig(dim=3)),
+            "a": BottleneckConfig(dim=4, layer_selection=(2, 3)),
+            "b": LoRAConfig(dim=3, layer_selection=(2, 3)),
         }.items()
     ):
         model.add_adapter(name, config)  # pyright: ignore[reportArgumentType]

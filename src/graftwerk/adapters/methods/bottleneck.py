@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.adapters.part import Part, PartLinear, initialise
+from graftwerk.adapters.part import MethodSettings, Part, PartLinear, initialise
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -19,7 +19,7 @@ NORM_TYPES = ("mixedfusedlayernorm", "layernorm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BottleneckConfig:
+class BottleneckConfig(MethodSettings):
     """`model.adapter_tuning` of a learning stage.
 
     `dim` is the width of the bottleneck. Trainable parameters: `2 (2 h dim + 2 h)` a layer.
@@ -34,6 +34,7 @@ class BottleneckConfig:
     row_init_method: str = "zero"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         key = "model.adapter_tuning."
         if self.norm_position not in ("pre", "post"):
             raise UserError(f"{key}norm_position={self.norm_position!r}: use 'pre' or 'post'")

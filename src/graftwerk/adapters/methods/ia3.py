@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graftwerk.adapters.part import Layout, Part
+from graftwerk.adapters.part import Layout, MethodSettings, Part
 from graftwerk.adapters.slots import Site, SlotCall
 
 PLACES = ("keys", "values", "cross_keys", "cross_values", "mlp_inner")
 
 
-@dataclass(frozen=True)
-class IA3Config:
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(MethodSettings):
     """Trainable parameters: `2 kv_channels num_query_groups + ffn_hidden_size` a layer.
 
     A layer with cross-attention has twice as many for keys and values.

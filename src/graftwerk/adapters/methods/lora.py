@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from graftwerk.adapters.part import Layout, Part, PartLinear, initialise
+from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, initialise
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -18,7 +18,7 @@ TARGETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
+class LoRAConfig(MethodSettings):
     """`output + alpha / dim * B A x`; `alpha` 0 means `dim`. Fused QKV shares one A for q, k and v.
 
     Trainable parameters of `attention_qkv`: `dim (h + (heads + 2 groups) kv_channels)` a layer.
@@ -32,6 +32,7 @@ class LoRAConfig:
     row_init_method: str = "zero"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for target in self.target_modules:
             if target not in TARGETS:
                 raise UserError(
