@@ -114,17 +114,26 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
         "decoder.layers.*.mlp": SplitSublayer("linear_fc1", "linear_fc2", "fc2", gated),
     }
     parallelize_module(model, mesh, plan)
+    shares: dict[nn.Parameter, nn.Parameter] = {}  # one for each, where parts share parameters
     for slot in slots_of(model).values():
         for part in slot.adapter_layer.values():
             assert isinstance(part, Part)
-            _split_part(part, slot, mesh.get_group())
+            _split_part(part, slot, mesh.get_group(), shares)
 
 
-def _split_part(part: Part, slot: Slot, group: dist.ProcessGroup) -> None:
+def _split_part(
+    part: Part,
+    slot: Slot,
+    group: dist.ProcessGroup,
+    shares: dict[nn.Parameter, nn.Parameter],
+) -> None:
     for name, layout in part.layouts(slot.site).items():
         owner, _, leaf = name.rpartition(".")
         module = part.get_submodule(owner)
-        setattr(module, leaf, shard(getattr(module, leaf), layout, group))
+        whole = getattr(module, leaf)
+        if whole not in shares:
+            shares[whole] = shard(whole, layout, group)
+        setattr(module, leaf, shares[whole])
 
 
 def shard(parameter: nn.Parameter, layout: Layout, group: dist.ProcessGroup) -> nn.Parameter:

@@ -9,7 +9,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
-from graftwerk.adapters import BottleneckConfig, IA3Config, LoRAConfig, Stack
+from graftwerk.adapters import (
+    BottleneckConfig,
+    IA3Config,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PTuningConfig,
+    Stack,
+)
 from graftwerk.errors import UserError
 from graftwerk.models import GPT
 from graftwerk.parallel.tensor import gather, layout_of, parallelize, sum_partial_gradients
@@ -20,6 +27,10 @@ ADAPTERS = {
     "lora": LoRAConfig(dim=4, alpha=8, target_modules=TARGETS),
     "ia3": IA3Config(),
     "bottleneck": BottleneckConfig(dim=4),
+    "tied": LoRAConfig(dim=2, weight_tying=True),
+    "prompt": PTuningConfig(virtual_tokens=2, embedding_dim=6, bottleneck_dim=4),
+    "prefix": PrefixTuningConfig(prefix_length=2, bottleneck_dim=4),
+    "rows": PrefixTuningConfig(prefix_length=2, reparametrise=False),
 }
 
 
