@@ -118,7 +118,10 @@ def _checkpoint(
         rows=0,
         norms_apart="model.decoder.layers.0.input_layernorm.weight" in source.names,
     )
-    config, layout = to_config({**_said_by_names(variant, source), **values}, path, layout, 1)
+    said = _said_by_names(variant, source)
+    if variant == "t5" and (start := nemo_tokenizer.start_token(values, files)) is not None:
+        said["decoder_start_token_id"] = start
+    config, layout = to_config({**said, **values}, path, layout, 1)
     source.cut_by(lambda name: split_of(name, config, layout))
     shape = source.shape(words)
     if not shape:

@@ -65,19 +65,55 @@ def _own_name(key: str, file: str) -> str:
 def vocabulary_size(values: Mapping[str, Any], files: Files) -> int | None:
     """How many tokens the tokenizer has; None where none that can be counted travels along."""
     found = artifacts(values, files)
-    for name, path in (("tokenizer.json", ("model", "vocab")), ("vocab.json", ())):
+    for name, path in (
+        ("tokenizer.json", ("model", "vocab")),
+        ("vocab.json", ()),
+        ("vocab.txt", ()),
+    ):
         if name not in found:
             continue
         try:
+            if name == "vocab.txt":
+                return len(_words(files, found[name])) + len(sentinels(values))
             content = json.loads(files.read(found[name], FILE_LIMIT))
             ids = [token["id"] for token in content.get("added_tokens", ())] if path else []
             for key in path:
                 content = content[key]
             entries = content.values() if isinstance(content, dict) else range(len(content))
-            return max([*ids, *entries]) + 1
+            more = 0 if path else len(sentinels(values))
+            return max([*ids, *entries]) + 1 + more
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
     return None
+
+
+def start_token(values: Mapping[str, Any], files: Files) -> int | None:
+    """The id with which NeMo's own T5 begins a target: its tokenizer's first special token.
+
+    None where the tokenizer is none of NeMo's for such models (word pieces, GPT-2's).
+    """
+    found = artifacts(values, files)
+    try:
+        if "tokenizer.json" not in found and "vocab.txt" in found:
+            return _words(files, found["vocab.txt"]).index("[CLS]")
+        if "tokenizer.json" not in found and "vocab.json" in found:
+            return int(json.loads(files.read(found["vocab.json"], FILE_LIMIT))["<|endoftext|>"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return None
+
+
+def sentinels(values: Mapping[str, Any]) -> list[str]:
+    """The tokens that NeMo's T5 puts behind the vocabulary (`MegatronT5Model._build_vocab`)."""
+    section = values.get("tokenizer")
+    count = section.get("num_sentinel_tokens") if isinstance(section, dict) else None
+    if type(count) is not int or not 0 < count <= 10_000:
+        return []
+    return [f"<extra_id_{number}>" for number in range(count)]
+
+
+def _words(files: Files, member: str) -> list[str]:
+    return files.read(member, FILE_LIMIT).decode().splitlines()
 
 
 def load(values: Mapping[str, Any], files: Files) -> "PreTrainedTokenizerBase":
@@ -110,7 +146,9 @@ def _read(
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if {"vocab.json", "merges.txt"} <= found.keys():
-        return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
+        return _with_sentinels(GPT2Tokenizer.from_pretrained(folder, local_files_only=True), values)
+    if "vocab.txt" in found:
+        return _word_pieces(folder, values)
     if {"tokenizer.model", "spiece.model"} & found.keys():
         return _sentencepiece(folder, found, values)
     section = values.get("tokenizer")
@@ -120,6 +158,26 @@ def _read(
         f"no tokenizer that can be read ({said}): give its folder or Hub name where the stage "
         f"takes one, or convert the checkpoint together with its tokenizer"
     )
+
+
+def _word_pieces(folder: Path, values: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+    """BERT's tokenizer as NeMo's T5 has it: `[CLS]` begins a text and `[SEP]` ends it."""
+    from transformers import BertTokenizer
+
+    section = values.get("tokenizer")
+    lower = isinstance(section, dict) and "lower" in str(section.get("type")).lower()
+    tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True, do_lower_case=lower)
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    return _with_sentinels(tokenizer, values)
+
+
+def _with_sentinels(
+    tokenizer: "PreTrainedTokenizerBase", values: Mapping[str, Any]
+) -> "PreTrainedTokenizerBase":
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in sentinels(values)])
+    return tokenizer
 
 
 def _sentencepiece(

@@ -301,6 +301,31 @@ def test_gpt2_vocabulary_and_merges_under_any_name_are_the_tokenizer(gpt2, tmp_p
     assert tokenizer(text)["input_ids"] == hf.AutoTokenizer.from_pretrained(theirs)(text).input_ids
 
 
+def test_word_pieces_of_a_native_t5_are_its_tokenizer(tmp_path):
+    config, tensors = native_t5()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Graft", "graft", "##s"]
+    words += [f"w{n}" for n in range(50)]  # 58, and two sentinels behind them: 60 rows
+    config["tokenizer"] = {
+        "library": "megatron",
+        "type": "BertWordPieceCase",
+        "vocab_file": "nemo:0f_vocab.txt",
+        "num_sentinel_tokens": 2,
+    }
+    config["make_vocab_size_divisible_by"] = 4
+    artifacts = {"0f_vocab.txt": "\n".join(words).encode()}
+    path = nemo_files.lay_out(tmp_path / "m.nemo", config, tensors, artifacts=artifacts)
+    tokenizer = nemo.load_tokenizer(path)
+    assert tokenizer.encode("Grafts graft w7", add_special_tokens=False) == [5, 7, 6, 15]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 3, 0)
+    assert tokenizer.encode("<extra_id_1>", add_special_tokens=False) == [59]
+    assert len(tokenizer) == load_base(path).config.vocab_size == 60
+    assert load_base(path).config.decoder_start_token_id == 2
+    config["tokenizer"]["type"] = "BertWordPieceLowerCase"
+    nemo_files.lay_out(path, config, tensors, artifacts=artifacts)
+    lower = nemo.load_tokenizer(path)
+    assert lower.encode("Grafts", add_special_tokens=False) == [6, 7]
+
+
 def test_a_file_without_a_tokenizer_says_so(gpt2, tmp_path):
     config, tensors = nemo_files.of_gpt2(gpt2)
     config["tokenizer"] = {"library": "huggingface", "type": "gpt2"}
