@@ -8,6 +8,7 @@ import yaml
 from graftwerk.errors import UserError
 
 SETTINGS_LIMIT = 1 << 22  # bytes of a settings file; the longest of NeMo's have some 20 kB
+BRACKETS_LIMIT = 2_000  # the parser's time grows with the square of those that nothing closes
 VALUES_LIMIT = 100_000  # with those that an alias repeats
 
 
@@ -33,6 +34,8 @@ def parse_settings(content: bytes, where: str) -> dict[str, Any]:
     """
     if len(content) > SETTINGS_LIMIT:
         raise UserError(f"{where} has more than {SETTINGS_LIMIT} bytes: it holds no settings")
+    if content.count(b"[") + content.count(b"{") > BRACKETS_LIMIT:
+        raise UserError(f"{where} has more than {BRACKETS_LIMIT} brackets: it holds no settings")
     try:
         values = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:
