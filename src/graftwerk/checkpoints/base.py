@@ -53,11 +53,14 @@ class Checkpoint:
         self.source.__exit__(*error)
 
 
-def find_checkpoint(path: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(
+    path: str | Path, revision: str | None = None, key: str = "model.language_model_path="
+) -> Path:
     """The checkpoint at a path, looked for with and without a `results` folder before its name.
 
     The published launcher's documentation has both. A name such as `org/name` that is no path is
-    looked up on the Hugging Face Hub, at `revision`, or in its cache.
+    looked up on the Hugging Face Hub, at `revision`, or in its cache. `key` is what an error says of
+    where the path was given.
 
     Raises:
         UserError: where there is none.
@@ -73,7 +76,7 @@ def find_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     if hub.is_hub_name(str(path)):
         return hub.resolve(str(path), revision)
     raise UserError(
-        f"model.language_model_path={path}: no checkpoint there, nor at {other}: give a folder in "
+        f"{key}{path}: no checkpoint there, nor at {other}: give a folder in "
         f"Hugging Face layout, a Hub name, a .nemo file, or what the stage `training` made"
     )
 

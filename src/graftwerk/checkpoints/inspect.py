@@ -108,7 +108,7 @@ def inspect(path: str | Path, revision: str | None = None) -> Report:
     Raises:
         UserError: where there is none that can be read, and where files of it are missing.
     """
-    found = find_checkpoint(path, revision)
+    found = find_checkpoint(path, revision, key="")
     settings = _adapter_settings(found)
     if settings is not None:
         return _adapter(found, settings)
