@@ -1,9 +1,10 @@
-"""The stages that train: a whole model (`training`), or an adapter on a frozen base.
+"""The stages that train: a whole model (`training`, `fine_tuning`), or adapters on a frozen base.
 
 The method is data: a stage's name and its `model` section say what is trained; the way is the same.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from graftwerk.adapters import method_from_config
-from graftwerk.checkpoints import save_adapter, save_base
+from graftwerk.adapters import methods_from_config
 from graftwerk.checkpoints.base_path import base_of
 from graftwerk.checkpoints.resume import (
     DamagedCheckpoint,
@@ -26,10 +26,18 @@ from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
 from graftwerk.training.callbacks import Interrupted
-from graftwerk.training.learner import Learner, build_learner, open_base, tokenizer_of
+from graftwerk.training.learner import (
+    Learner,
+    build_learner,
+    leave_room,
+    open_base,
+    start_of,
+    tokenizer_of,
+)
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
+from graftwerk.training.result import check_whole, is_nemo, write_result
 from graftwerk.training.summary import peak_memory, show
 from graftwerk.training.trainer import (
     CheckpointCallbacks,
@@ -47,7 +55,7 @@ def run(stage: str, cfg: DictConfig) -> int:
     """Runs a learning stage; returns the exit code: 0 done, 75 stopped in time and to go on later.
 
     Args:
-        stage: `training`, `adapter_learning` or `ia3_learning`.
+        stage: `training`, `fine_tuning`, `peft`, `adapter_learning` or `ia3_learning`.
         cfg: the stage's resolved configuration (`run`, `trainer`, `exp_manager`, `model`).
 
     Raises:
@@ -57,9 +65,11 @@ def run(stage: str, cfg: DictConfig) -> int:
     check(stage, cfg, world)
     device = device_of(cfg.trainer, world)
     say = print if world.rank == 0 else _silence
-    folder = log_folder(cfg)
     base = open_base(stage, cfg.model)
     tokenizer = tokenizer_of(cfg.model, base)
+    methods = methods_from_config(cfg.model, stage)
+    if base is not None and not methods:
+        check_whole(base.config, tokenizer, Path(str(cfg.model.nemo_path)))
     data = AnswerDataModule(
         cfg.model,
         tokenizer,
@@ -67,14 +77,34 @@ def run(stage: str, cfg: DictConfig) -> int:
         world_size=world.size,
         seed=cfg.model.seed,
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
-        shape=None if base is None else base.config,
+        shape=leave_room(cfg.model, None if base is None else base.config, methods),
     )
     for name, report in data.report.items():
         say(f"{name}: {report}", flush=True)
-    steps = Steps.of(cfg.trainer, data.steps_per_epoch)
     learner = build_learner(stage, cfg, base, tokenizer, device)
+    return train(stage, cfg, learner, data, world, device)
+
+
+def train(
+    stage: str,
+    cfg: DictConfig,
+    learner: Learner,
+    data: AnswerDataModule,
+    world: World,
+    device: torch.device,
+    build: Callable[..., pl.Trainer] = build_trainer,
+) -> int:
+    """The run itself, from the checkpoint to go on from to the result; returns `run`'s exit code.
+
+    `build` gives the Trainer, by the arguments of `build_trainer`.
+    """
+    say = print if world.rank == 0 else _silence
+    folder = log_folder(cfg)
+    steps = Steps.of(cfg.trainer, data.steps_per_epoch)
     resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
-    module, trainer, callbacks = assemble(cfg, learner, data, steps, world, device, folder, resumed)
+    module, trainer, callbacks = assemble(
+        cfg, learner, data, steps, world, device, folder, resumed, build
+    )
     check_room(module, callbacks, folder, Path(str(cfg.model.nemo_path)))
     if resumed is not None:
         _say_resumed(say, resumed, steps)
@@ -110,13 +140,17 @@ def check(stage: str, cfg: DictConfig, world: World) -> None:
     check_loggers(cfg.exp_manager)
     log_folder(cfg)
     if stage == "training":
-        if not str(model.nemo_path).rstrip("/").endswith(".nemo"):
+        if not is_nemo(Path(str(model.nemo_path))):
             return
         raise UserError(
             f"model.nemo_path={model.nemo_path}: stage training writes a folder; leave out `.nemo`"
         )
     base_of(model)
-    method_from_config(model, stage)
+    if not methods_from_config(model, stage) and (start := start_of(model)):
+        raise UserError(
+            f"model.restore_path={start}: the whole model is trained, from the weights of "
+            f"model.language_model_path: name them there, and set restore_path to null"
+        )
 
 
 def check_room(
@@ -188,6 +222,7 @@ def assemble(
     device: torch.device,
     folder: Path,
     resumed: Resumed | None,
+    build: Callable[..., pl.Trainer] = build_trainer,
 ) -> tuple[LearningModule, pl.Trainer, CheckpointCallbacks]:
     """Module, trainer and the callbacks that keep checkpoints."""
     sched = cfg.model.optim.get("sched") or {}
@@ -213,7 +248,7 @@ def assemble(
         )
     name = cfg.exp_manager.get("name") or "checkpoint"
     callbacks = CheckpointCallbacks.of(cfg.exp_manager, folder / "checkpoints", validates, name)
-    trainer = build_trainer(
+    trainer = build(
         cfg,
         world=world,
         device=device,
@@ -289,17 +324,11 @@ def finish(
 ) -> dict[str, Any]:
     """Writes the model or adapter and returns the summary."""
     model, path = learner.model, Path(str(cfg.model.nemo_path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if learner.adapter is None:
-        save_base(model, learner.tokenizer, path)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    else:
-        size = save_adapter(
-            model, learner.adapter, path, {"base": learner.base, "stage": stage, "steps": steps}
-        )
+    size = write_result(learner, path, {"base": learner.base, "stage": stage, "steps": steps})
+    methods = [model.adapter_config(name)["method"] for name in learner.adapters]
     return {
         "stage": stage,
-        "method": model.adapter_config(learner.adapter)["method"] if learner.adapter else None,
+        "method": ", ".join(methods) or None,
         "base": learner.base,
         "adapter": str(path),
         "trainable_parameters": sum(p.numel() for p in module.trained.values()),

@@ -254,6 +254,7 @@ def build_trainer(
     callbacks: list[Callback],
     loggers: list[Logger],
     folder: Path,
+    kind: type[pl.Trainer] = pl.Trainer,
 ) -> pl.Trainer:
     """A Trainer that runs optimizer steps and validations, and is quiet about itself."""
     quieten()
@@ -273,7 +274,7 @@ def build_trainer(
     }
     if validates:
         optional |= validation_interval(trainer, steps.per_epoch)
-    built = pl.Trainer(
+    built = kind(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         strategy=strategy,
         devices=1,
