@@ -1,0 +1,28 @@
+"""NeMo's documented Python surface over this engine.
+
+`from graftwerk.nemo import adapter_mixins, adapter_modules`; each name is imported when it is first
+asked for.
+"""
+
+import importlib
+from typing import Any
+
+# Name -> the module of this package that has it.
+_HOMES = {
+    "AdapterModelPTMixin": "adapter_mixins",
+    "AdapterModuleMixin": "adapter_mixins",
+    "LinearAdapter": "adapter_modules",
+    "LinearAdapterConfig": "adapter_modules",
+    "ModelPT": "model_pt",
+    "allow_target": "adapter_mixins",
+    "get_registered_adapter": "adapter_mixins",
+    "register_adapter": "adapter_mixins",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
