@@ -2,13 +2,12 @@
 
 A path that ends in `.nemo` gets NeMo's form, any other our folder; reading tells them apart by what
 is there. Both hold adapter weights and settings only, never the base; on a model with a head for
-labels the adapter's own head too.
+labels an adapter's own head too. A file holds one adapter or several.
 """
 
-import io
 import os
 import shutil
-import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftwerk.adapters.configs import METHODS, MethodConfig
+from graftwerk.adapters.configs import MethodConfig
 from graftwerk.adapters.model import AdapterModel
-from graftwerk.checkpoints.archive import open_tar
+from graftwerk.adapters.slots import slots_of
+from graftwerk.checkpoints.adapter_form import (
+    AdapterFile,
+    SavedAdapter,
+    apart,
+    joined,
+    method_of,
+)
+from graftwerk.checkpoints.adapter_nemo import (
+    read_nemo_adapters,
+    write_nemo_adapters,
+)
 from graftwerk.checkpoints.base import replace_path
-from graftwerk.checkpoints.settings import SETTINGS_LIMIT, parse_settings, read_settings
-from graftwerk.checkpoints.torch_files import load_mapped
+from graftwerk.checkpoints.settings import read_settings
 from graftwerk.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.yaml", "adapter.safetensors"
-NEMO_CONFIG, NEMO_WEIGHTS = "./model_config.yaml", "./model_weights.ckpt"
 
 
-def save_adapter(
-    model: AdapterModel, name: str, path: str | Path, extra: dict[str, Any] | None = None
+# ---- writing
+
+
+def save_adapters(
+    model: AdapterModel,
+    names: Sequence[str],
+    path: str | Path,
+    extra: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes an adapter and returns the bytes on disk; beside the path first, then renamed.
+    """Writes adapters into one file or folder and returns its bytes on disk.
 
-    `extra` holds plain values that are kept beside the settings (the base's path, say).
+    Written beside the path first, then renamed.
+
+    Args:
+        names: adapters of the model, in the order in which a reader finds them.
+        extra: plain values that are kept beside the settings (the base's path, say).
+
+    Raises:
+        UserError: for no names, the same one twice, or one that no adapter has.
     """
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path}: names of adapters to save: {list(names)}; one or several, once")
+    saved = [_saved(model, name) for name in names]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.cpu().contiguous() for key, value in model.adapter_state(name).items()}
-    config = {"name": name, **model.adapter_config(name), **(extra or {})}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.suffix == ".nemo":
-            _write_nemo(partial, config, state)
+            write_nemo_adapters(partial, model, saved, extra or {})
         else:
+            config, state = joined(saved, extra or {})
             partial.mkdir()
             save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
             (partial / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
@@ -56,115 +79,185 @@ def save_adapter(
     return size
 
 
-def load_adapter(model: AdapterModel, path: str | Path, name: str | None = None) -> str:
-    """Adds the adapter of a file to a model, not active, and returns its name.
-
-    Nothing of the model changes where the file does not fit.
-
-    Raises:
-        UserError: where the file is missing, damaged, or made for another model.
-    """
-    config, state = read_adapter(path)
-    name = name or str(config["name"])
-    method, head = method_of(config, path), config.get("head")
-    if head not in (None, model.label_head):
-        raise UserError(
-            f"{path} holds an adapter with a head for {head}, but the model's head is "
-            f"{model.label_head}: load the base with head {head}"
-        )
-    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
-    if isinstance(dim := getattr(method, "dim", 0), int) and dim > largest:
-        raise UserError(f"{path}: dim={dim} is more than any of its weights has")
-    if name in model.adapters:
-        raise UserError(f"{path}: the model has an adapter {name!r} already: give another name")
-    try:
-        model.add_adapter(name, method, head=head is not None)
-        model.load_adapter_state(name, state)
-    except Exception as error:
-        model.adapters.setdefault(name, method)  # parts that were made before the error go too
-        model.delete_adapter(name)
-        said = str(error).partition("\n")[0]
-        raise UserError(f"{path}: {said}") from None
-    return name
+def save_adapter(
+    model: AdapterModel, name: str, path: str | Path, extra: Mapping[str, Any] | None = None
+) -> int:
+    """Writes one adapter; see `save_adapters`."""
+    return save_adapters(model, [name], path, extra)
 
 
-def method_of(config: dict[str, Any], path: str | Path) -> MethodConfig:
-    """The method that a file's settings describe."""
-    if not isinstance(config.get("method"), str) or config["method"] not in METHODS:
-        raise UserError(
-            f"{path}: method {config.get('method')!r} is not known: one of {', '.join(METHODS)}"
-        )
-    method = METHODS[config["method"]]
-    settings = {}
-    for key, field in method.__dataclass_fields__.items():
-        value = config.get(key, field.default)
-        value = tuple(value) if isinstance(value, list) else value
-        if not _alike(value, field.default):
-            raise UserError(f"{path}: {key}={config[key]!r} is no value that can be used")
-        settings[key] = value
-    return method(**settings)
-
-
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a field's default: numbers, text, names."""
-    if default is None:  # text, or numbers of layers
-        layers = isinstance(value, tuple) and all(type(number) is int for number in value)
-        return value is None or isinstance(value, str) or layers
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return isinstance(value, int | float) and isinstance(value, bool) is False
-    return isinstance(value, type(default))
-
-
-def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of an adapter file; nothing is unpickled but tensors."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no adapter at {path}")
-    read = _read_folder if path.is_dir() else _read_nemo
-    try:
-        config, state = read(path)
-    except UserError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no adapter that can be read: {error}") from None
-    if "name" not in config:
-        raise UserError(f"{path}: its settings name no adapter")
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: its weights must be tensors by name")
-    return config, state
-
-
-def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    return read_settings(path / CONFIG), load_file(path / WEIGHTS)
-
-
-def _read_nemo(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    config, weights = (os.path.normpath(name) for name in (NEMO_CONFIG, NEMO_WEIGHTS))
-    with open_tar(path) as files:
-        settings = parse_settings(files.read(config, SETTINGS_LIMIT), f"{path}: {config}")
-        state = load_mapped(files, weights)
-        if not isinstance(state, dict):
-            raise UserError(f"{path}: its weights must be tensors by name")
-        # Copies: the file may be replaced while the adapter is in use.
-        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-    return settings, own
-
-
-def _write_nemo(path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    weights = io.BytesIO()
-    torch.save(state, weights)
-    with tarfile.open(path, "w") as tar:
-        for member, content in (
-            (NEMO_CONFIG, yaml.safe_dump(config, sort_keys=False).encode()),
-            (NEMO_WEIGHTS, weights.getvalue()),
-        ):
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+def _saved(model: AdapterModel, name: str) -> SavedAdapter:
+    config = model.adapter_config(name)
+    state = {key: value.cpu().contiguous() for key, value in model.adapter_state(name).items()}
+    return SavedAdapter(name, config, state)
 
 
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
+
+
+# ---- loading
+
+
+def load_adapters(
+    model: AdapterModel, path: str | Path, rename: Mapping[str, str] | str | None = None
+) -> list[str]:
+    """Adds the adapters of a file to a model, not active, and returns their names in order.
+
+    Nothing of the model changes where the file does not fit.
+
+    Args:
+        rename: new names by those in the file; a single name for a file of one adapter.
+
+    Raises:
+        UserError: where the file is missing, damaged, or made for another model, and for names
+            that are taken or that the file does not have.
+    """
+    return _load(model, path, read_adapters(path), rename)
+
+
+def _load(
+    model: AdapterModel,
+    path: str | Path,
+    file: AdapterFile,
+    rename: Mapping[str, str] | str | None,
+) -> list[str]:
+    saved = file.adapters
+    names = _names(path, [adapter.name for adapter in saved], rename)
+    methods = [_fitting(model, path, adapter) for adapter in saved]
+    for name in names:
+        if name in model.adapters:
+            raise UserError(f"{path}: the model has an adapter {name!r} already: give another name")
+    before = set(model.adapters)
+    try:
+        for name, method, adapter in zip(names, methods, saved, strict=True):
+            _add(model, name, method, adapter)
+    except Exception as error:
+        for name in set(model.adapters) - before:
+            model.delete_adapter(name)
+        said = str(error).partition("\n")[0]
+        raise UserError(f"{path}: {said}") from None
+    return names
+
+
+def load_adapter(model: AdapterModel, path: str | Path, name: str | None = None) -> str:
+    """Adds the one adapter of a file to a model, not active, and returns its name.
+
+    Raises:
+        UserError: as `load_adapters`, and for a file of several.
+    """
+    file = read_adapters(path)
+    return _load(model, path, file, name or _only(path, file).name)[0]
+
+
+def _names(path: str | Path, own: list[str], rename: Mapping[str, str] | str | None) -> list[str]:
+    if isinstance(rename, str):
+        if len(own) > 1:
+            raise UserError(
+                f"{path} holds {len(own)} adapters ({', '.join(own)}): say which of them is to be "
+                f"called {rename!r}"
+            )
+        return [rename]
+    new = dict(rename or {})
+    if unknown := new.keys() - set(own):
+        raise UserError(f"{path} holds no adapter {min(unknown)!r}: it has {', '.join(own)}")
+    names = [new.get(name, name) for name in own]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two adapters would have one name: {', '.join(names)}")
+    return names
+
+
+def _fitting(model: AdapterModel, path: str | Path, adapter: SavedAdapter) -> MethodConfig:
+    """The method of a saved adapter, whose weights are those that it makes for the model.
+
+    What it makes is reckoned without memory, so that no size in a stranger's settings costs any.
+    """
+    method, head = method_of(adapter.config, path), adapter.config.get("head")
+    if head not in (None, model.label_head):
+        raise UserError(
+            f"{path} holds an adapter with a head for {head}, but the model's head is "
+            f"{model.label_head}: load the base with head {head}"
+        )
+    try:
+        shapes = _shapes(model, method)
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        raise UserError(f"{path}: {adapter.config['method']} cannot be made: {said}") from None
+    mistakes = [f"missing {key}" for key in shapes.keys() - adapter.state.keys()]
+    mistakes += [
+        f"{key} is {list(adapter.state[key].shape)}, not {list(shape)}"
+        for key, shape in shapes.items()
+        if key in adapter.state and adapter.state[key].shape != shape
+    ]
+    if mistakes:
+        more = f"; and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
+        raise UserError(
+            f"{path}: the weights do not fit adapter {adapter.name!r} on this model: "
+            f"{'; '.join(sorted(mistakes)[:3])}{more}"
+        )
+    return method
+
+
+def _shapes(model: AdapterModel, method: MethodConfig) -> dict[str, torch.Size]:
+    """The tensors in the parts that a method would make for a model, by `adapter_state`'s names."""
+    slots = {path: slot for path, slot in slots_of(model).items() if method.selects(slot.site)}
+    with torch.device("meta"):
+        made = {path: method.create(slot.site) for path, slot in slots.items()}
+        parts = {path: part for path, part in made.items() if part is not None}
+        method.tie([(slots[path].site, part) for path, part in parts.items()])
+    shapes: dict[str, torch.Size] = {}
+    seen: set[int] = set()  # what parts share is kept under the first name
+    for path, part in parts.items():
+        for key, tensor in part.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                shapes[f"{path}.{key}"] = tensor.shape
+    return shapes
+
+
+def _add(model: AdapterModel, name: str, method: MethodConfig, adapter: SavedAdapter) -> None:
+    try:
+        model.add_adapter(name, method, head=adapter.config.get("head") is not None)
+    except Exception:
+        model.adapters.setdefault(name, method)  # parts that were made before the error go too
+        raise
+    model.load_adapter_state(name, adapter.state)
+
+
+# ---- reading
+
+
+def read_adapters(path: str | Path) -> AdapterFile:
+    """The adapters of a file; nothing is unpickled but tensors.
+
+    Raises:
+        UserError: where the file is missing, damaged, or holds no adapter.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no adapter at {path}")
+    try:
+        if not path.is_dir():
+            return read_nemo_adapters(path)
+        return apart(path, read_settings(path / CONFIG), load_file(path / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no adapter that can be read: {error}") from None
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings, with what lies beside them, and weights of a file of one adapter.
+
+    Raises:
+        UserError: as `read_adapters`, and for a file of several.
+    """
+    file = read_adapters(path)
+    adapter = _only(path, file)
+    return {**file.extra, "name": adapter.name, **adapter.config}, adapter.state
+
+
+def _only(path: str | Path, file: AdapterFile) -> SavedAdapter:
+    if len(file.adapters) > 1:
+        names = ", ".join(adapter.name for adapter in file.adapters)
+        raise UserError(f"{path} holds several adapters ({names}), and one is needed here")
+    return file.adapters[0]

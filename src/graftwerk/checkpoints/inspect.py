@@ -13,8 +13,8 @@ import torch
 
 from graftwerk.checkpoints import archive
 from graftwerk.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
-from graftwerk.checkpoints.adapter import NEMO_CONFIG, NEMO_WEIGHTS
 from graftwerk.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from graftwerk.checkpoints.adapter_nemo import NEMO_CONFIG, NEMO_WEIGHTS
 from graftwerk.checkpoints.base import (
     Checkpoint,
     find_checkpoint,
@@ -191,7 +191,7 @@ def _adapter(path: Path, settings: dict[str, Any]) -> Report:
         counts = _dtypes(source, source.names)
     ours = "method" in settings
     told = settings if ours else settings["peft"]
-    left_out = ("name", "method", "base", "peft_scheme")
+    left_out = ("format", "name", "method", "base", "parameters", "peft_scheme")
     return Report(
         kind="adapter",
         path=str(path),
