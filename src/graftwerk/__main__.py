@@ -18,7 +18,7 @@ from graftwerk.errors import UserError
 
 # Imported when asked for: `score` needs no torch, and a wrong name needs nothing. The learning
 # stages are one, which is told its name.
-LEARNING = ("training", "adapter_learning", "ia3_learning")
+LEARNING = ("training", "fine_tuning", "peft", "adapter_learning", "ia3_learning")
 STAGES = {
     "data_prep": "graftwerk.stages.data_prep",
     "conversion": "graftwerk.stages.conversion",

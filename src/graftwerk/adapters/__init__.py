@@ -11,6 +11,7 @@ from graftwerk.adapters.configs import (
     PTuningConfig,
     SelectiveConfig,
     method_from_config,
+    methods_from_config,
 )
 from graftwerk.adapters.model import AdapterModel
 
@@ -28,4 +29,5 @@ __all__ = [
     "SelectiveConfig",
     "Stack",
     "method_from_config",
+    "methods_from_config",
 ]

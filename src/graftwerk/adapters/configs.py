@@ -1,5 +1,7 @@
 """Method configurations, and how the YAML of a stage names one."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from graftwerk.adapters.methods.bottleneck import BottleneckConfig
@@ -22,6 +24,9 @@ __all__ = [
     "PromptTuningConfig",
     "SelectiveConfig",
     "method_from_config",
+    "method_of",
+    "methods_from_config",
+    "schemes",
 ]
 
 # By the name that an adapter file holds.
@@ -37,33 +42,118 @@ METHODS: dict[str, Any] = {
         SelectiveConfig,
     )
 }
+# What `model.peft.peft_scheme` may name: the method, and the block of `model.peft` that it reads.
+SCHEMES: dict[str, tuple[Any, str]] = {
+    "adapter": (BottleneckConfig, "adapter_tuning"),
+    "ia3": (IA3Config, "ia3_tuning"),
+    "lora": (LoRAConfig, "lora_tuning"),
+    "ptuning": (PTuningConfig, "p_tuning"),
+    "prefix": (PrefixTuningConfig, "prefix_tuning"),
+    "prompt": (PromptTuningConfig, "prompt_tuning"),
+    "selective": (SelectiveConfig, "selective_tuning"),
+    "qlora": (LoRAConfig, "lora_tuning"),  # on a base in four bits
+}
+WHOLE = "none"  # the scheme that trains the model itself
+# NeMo's spellings of fields; the others are keys as they are.
+SPELLINGS = {
+    "dim": "adapter_dim",
+    "dropout": "adapter_dropout",
+    "parameters": "tunable_base_param_names",
+}
 ADAPTER_TYPES = ("parallel_adapter", "linear_adapter")
-
 
 MethodConfig = MethodSettings
 
 
 def method_from_config(model: Any, stage: str) -> tuple[str, MethodConfig]:
-    """The adapter name and the method that `model` of a learning stage asks for.
+    """The only adapter that `methods_from_config` gives.
 
     Raises:
-        UserError: for a stage that trains no adapter and for unknown values.
+        UserError: where it gives none, or several.
     """
+    methods = methods_from_config(model, stage)
+    if len(methods) != 1:
+        raise UserError(f"stage {stage!r} trains {len(methods) or 'no'} adapters here, not one")
+    return methods[0]
+
+
+def methods_from_config(model: Any, stage: str) -> list[tuple[str, MethodConfig]]:
+    """The adapters that `model` of a learning stage asks for, by name, in the order of the scheme.
+
+    None where the whole model is trained.
+
+    Raises:
+        UserError: for a stage that does not learn, unknown schemes, keys and values.
+    """
+    if stage in ("training", "fine_tuning"):
+        return []
+    if stage == "adapter_learning":
+        return [("adapter", method_of("adapter", model.get("adapter_tuning"), "model"))]
     if stage == "ia3_learning":
-        return "ia3", IA3Config()
-    if stage != "adapter_learning":
+        return [("ia3", method_of("ia3", model.get("ia3_tuning"), "model"))]
+    if stage != "peft":
         raise UserError(f"stage {stage!r} trains no adapter")
-    tuning = model.adapter_tuning
-    if tuning.type not in ADAPTER_TYPES:
+    peft = model.get("peft") or {}
+    return [
+        ("lora" if name == "qlora" else name, method_of(name, peft.get(SCHEMES[name][1])))
+        for name in schemes(peft)
+    ]
+
+
+def schemes(peft: Mapping[Any, Any]) -> list[str]:
+    """The methods in `peft_scheme`: one, several joined by commas, or a list; `none` is none.
+
+    Raises:
+        UserError: for names that are not known or do not go together.
+    """
+    given: Any = peft.get("peft_scheme")
+    words: Sequence[Any] = given if _is_list(given) else [WHOLE if given is None else given]
+    names = [name.strip() for word in words for name in str(word).split(",")]
+    key = f"model.peft.peft_scheme={','.join(names)}"
+    for name in names:
+        if name != WHOLE and name not in SCHEMES:
+            raise UserError(f"{key}: {name!r} is not known: use some of {', '.join(SCHEMES)}, none")
+    if len(set(names)) < len(names) or {"lora", "qlora"} <= set(names):
+        raise UserError(f"{key}: name each method once, and lora or qlora")
+    if WHOLE in names and len(names) > 1:
+        raise UserError(f"{key}: none trains the whole model and goes with no other method")
+    return [name for name in names if name != WHOLE]
+
+
+def method_of(
+    scheme: str, block: Mapping[Any, Any] | None, section: str = "model.peft"
+) -> MethodConfig:
+    """A scheme's method by its block of settings, in NeMo's key names.
+
+    Keys that are absent or null have the method's defaults.
+
+    Raises:
+        UserError: for keys and values that the method does not know.
+    """
+    method, name = SCHEMES[scheme]
+    keys = {SPELLINGS.get(field.name, field.name): field.name for field in fields(method)}
+    given = {key: value for key, value in (block or {}).items() if value is not None}
+    for key in given:
+        if key not in keys:
+            raise UserError(f"{section}.{name}.{key} is not known: use one of {', '.join(keys)}")
+    values = {keys[key]: tuple(v) if _is_list(v) else v for key, v in given.items()}
+    if scheme == "adapter" and values.get("type", ADAPTER_TYPES[0]) not in ADAPTER_TYPES:
         raise UserError(
-            f"model.adapter_tuning.type={tuning.type!r}: use one of {', '.join(ADAPTER_TYPES)}"
+            f"{section}.{name}.type={values['type']!r}: use one of {', '.join(ADAPTER_TYPES)}"
         )
-    return "adapter", BottleneckConfig(
-        type=tuning.type,
-        dim=tuning.adapter_dim,
-        dropout=tuning.adapter_dropout,
-        norm_position=tuning.norm_position,
-        norm_type=tuning.norm_type,
-        column_init_method=tuning.column_init_method,
-        row_init_method=tuning.row_init_method,
-    )
+    if scheme == "selective":
+        values["parameters"] = tuple(
+            p for name in values.get("parameters", ()) for p in _parts(name)
+        )
+    return method(**values)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Patterns for a plain name: of all parameters that have it between two dots, as in NeMo."""
+    if any(mark in name for mark in "*?["):
+        return (name,)
+    return (name, f"{name}.*", f"*.{name}", f"*.{name}.*")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -1,13 +1,13 @@
 """What a learning stage trains: the model, on its device, with the trained parts unfrozen."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from graftwerk.adapters import method_from_config
+from graftwerk.adapters import MethodConfig, SelectiveConfig, Stack, methods_from_config
 from graftwerk.checkpoints import load_tokenizer
 from graftwerk.checkpoints.adapter import read_adapter
 from graftwerk.checkpoints.base_path import adapter_of, base_of
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Learner:
-    """A model with its trained parts unfrozen; `adapter` is None where all of it is trained."""
+    """A model with its trained parts unfrozen; no `adapters`: all of it is trained."""
 
     model: GPT | T5 | BERT
     tokenizer: "PreTrainedTokenizerBase"
-    adapter: str | None
+    adapters: list[str]
     base: str
     autocast: bool
 
@@ -49,7 +49,7 @@ def open_base(stage: str, model: DictConfig) -> Base | None:
     if base.config.architecture != "gpt":
         raise UserError(
             f"model.restore_path={base.path} is a {base.config.architecture} model: stage training "
-            f"trains GPTs; train an adapter on it by adapter_learning or ia3_learning"
+            f"trains GPTs; use stage fine_tuning, or an adapter on it by stage peft"
         )
     return base
 
@@ -81,7 +81,7 @@ def _texts(model: DictConfig) -> Iterator[str]:
 class _NoTokens:
     """Stands for a tokenizer before there is one."""
 
-    bos_token_id = eos_token_id = pad_token_id = 0
+    bos_token_id = eos_token_id = sep_token_id = pad_token_id = 0
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return []
@@ -99,35 +99,73 @@ def build_learner(
     A frozen base is held in `trainer.precision`; what is trained is float32.
     """
     dtype, model_cfg = precision_of(cfg.trainer), cfg.model
-    if stage == "training":
-        model = _whole_model(model_cfg, base, tokenizer, device)
-        name = str(base.path if base is not None else model_cfg.nemo_path)
-        return Learner(model, tokenizer, None, name, autocast=dtype == torch.bfloat16)
-    assert base is not None
-    name, method = method_from_config(model_cfg, stage)
-    model = base.load(dtype, device, model_cfg.seed)
-    torch.manual_seed(model_cfg.seed)
-    model.add_adapter(name, method)
-    start = adapter_of(model_cfg)
-    if start is not None:
-        _restore(model, name, start)
-    model.set_active(name)
-    model.freeze_base()
-    return Learner(model, tokenizer, name, base.path, autocast=False)
-
-
-def _whole_model(
-    model_cfg: DictConfig,
-    base: Base | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    device: torch.device,
-) -> GPT:
-    if base is not None:
-        model = base.load(torch.float32, device)
-        assert isinstance(model, GPT)
+    methods = methods_from_config(model_cfg, stage)
+    mixed = dtype == torch.bfloat16
+    if base is None:
+        model = _first_weights(model_cfg, tokenizer, device)
+        return Learner(model, tokenizer, [], str(model_cfg.nemo_path), autocast=mixed)
+    if not methods:
+        model = base.load(torch.float32, device, model_cfg.seed)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # they may be views of the file
-        return model.requires_grad_(True)
+        return Learner(model.requires_grad_(True), tokenizer, [], base.path, autocast=mixed)
+    # Copies of the base's own parameters are trained in float32, beside a base of the same type.
+    mixed = mixed and any(isinstance(method, SelectiveConfig) for _, method in methods)
+    model = base.load(torch.float32 if mixed else dtype, device, model_cfg.seed)
+    torch.manual_seed(model_cfg.seed)
+    for name, method in methods:
+        model.add_adapter(name, method)
+    names = [name for name, _ in methods]
+    start = start_of(model_cfg)
+    if start is not None:
+        _restore(model, names, start)
+    model.freeze_base()
+    model.set_active(names[0] if len(names) == 1 else Stack(*names))
+    return Learner(model, tokenizer, names, base.path, autocast=mixed)
+
+
+def start_of(model: DictConfig) -> str | None:
+    """The adapter file from which training goes on: `restore_path`, or `peft.restore_from_path`.
+
+    Raises:
+        UserError: where both are given and differ.
+    """
+    ours, theirs = adapter_of(model), (model.get("peft") or {}).get("restore_from_path")
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"model.restore_path={ours} and model.peft.restore_from_path={theirs} both name the "
+            f"adapter to go on from and differ: set one of them to null"
+        )
+    return ours or (str(theirs) if theirs else None)
+
+
+def leave_room(
+    model_cfg: DictConfig, shape: TransformerConfig | None, methods: list[tuple[str, MethodConfig]]
+) -> TransformerConfig | None:
+    """The shape whose positions are those that virtual tokens leave to a row.
+
+    Raises:
+        UserError: where they leave too few for `model.encoder_seq_length`.
+    """
+    virtual = {name: getattr(method, "virtual_tokens", 0) for name, method in methods}
+    count = sum(virtual.values())
+    if shape is None or not count or not shape.max_position_embeddings:
+        return shape
+    left = shape.max_position_embeddings - count
+    said = " + ".join(f"{number} of {name}" for name, number in virtual.items() if number)
+    wanted = model_cfg.get("encoder_seq_length")
+    if left < 2 or (shape.position_embedding_type == "learned_absolute" and (wanted or 0) > left):
+        raise UserError(
+            f"model.encoder_seq_length={wanted} and the virtual tokens before each row ({said}) "
+            f"are more than the {shape.max_position_embeddings} positions that the model has: "
+            f"{f'lower the length to {left}' if left >= 2 else 'use fewer virtual tokens'}"
+        )
+    return replace(shape, max_position_embeddings=left)
+
+
+def _first_weights(
+    model_cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> GPT:
     given: Any = OmegaConf.to_container(model_cfg, resolve=True)
     known = {field.name for field in fields(TransformerConfig)}
     shape = {k: v for k, v in given.items() if k in known and v is not None}
@@ -140,13 +178,23 @@ def _whole_model(
     return model.to(device).requires_grad_(True)
 
 
-def _restore(model: GPT | T5 | BERT, name: str, path: str) -> None:
-    """Weights of an adapter file into the new adapter; settings that change its function agree."""
+def _restore(model: GPT | T5 | BERT, names: list[str], path: str) -> None:
+    """Weights of a file into the new adapters; settings that change their function agree."""
     settings, state = read_adapter(path)
+    name = str(settings["name"]) if len(names) > 1 else names[0]
+    if name not in names:
+        raise UserError(
+            f"{path} holds the adapter {name!r}, and this run trains {', '.join(names)}: name its "
+            f"method in model.peft.peft_scheme"
+        )
     free = ("name", "dropout", "column_init_method", "row_init_method")
     own = {k: v for k, v in model.adapter_config(name).items() if k not in free}
-    other = {k: settings.get(k) for k in own if settings.get(k) != own[k]}
+    other = {k: settings.get(k) for k in own if _plain(settings.get(k)) != _plain(own[k])}
     if other:
         said = ", ".join(f"{key} {value!r} instead of {own[key]!r}" for key, value in other.items())
         raise UserError(f"model.restore_path={path} holds an adapter with {said}")
     model.load_adapter_state(name, state)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # as YAML has it
