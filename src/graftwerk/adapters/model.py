@@ -50,9 +50,10 @@ class AdapterModel(nn.Module):
             raise UserError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
         device = next(self.parameters()).device
         made: list[tuple[Slot, Part]] = []
-        for slot in slots_of(self).values():
+        for path, slot in slots_of(self).items():
             part = config.create(slot.site) if config.selects(slot.site) else None
             if part is not None:
+                part.attach(self.get_submodule(path.rpartition(".")[0]))
                 made.append((slot, part))
         config.tie([(slot.site, part) for slot, part in made])
         replaced = {key: p for key, p in self.base_parameters() if config.replaces(key)}
@@ -122,7 +123,7 @@ class AdapterModel(nn.Module):
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's own parameters by name, whatever adapters stand in for them at the moment."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # a copy is in two
             if ".adapter_layer." not in name and not name.startswith("replacements."):
                 yield name, self.replacements.originals.get(name, parameter)
 

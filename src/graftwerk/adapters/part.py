@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +32,38 @@ class Part(nn.Module, ABC):
     """What one adapter does in one slot: `forward(call) -> output`, of the shape of `call.output`.
 
     Weights may be wider than the activations (float32 beside bfloat16): a part computes in the type
-    of its input.
+    of its input. `unmergeable` says why a part cannot be merged into the base's weights, if so.
     """
+
+    unmergeable: str | None = "it computes what the weights of a projection cannot hold"
 
     @abstractmethod
     def forward(self, call: SlotCall) -> Tensor:
         """The slot's new output."""
+
+    def attach(self, sublayer: nn.Module) -> None:
+        """Gives a new part the sublayer that owns its slot, in case it reads the base's weights."""
+
+    def place(self, index: int, count: int) -> None:
+        """Tells a part that shares its weights in which of `count` layers it is."""
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] of a projection that does what it and the part do together.
+
+        Where the slot's output feeds a projection: that one's weight, transposed.
+        """
+        raise NotImplementedError(self.unmergeable)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """The bias [out] of that projection."""
+        return bias
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """The layout of each parameter that is not simply held whole, in a slot at this site."""
         return {}
 
 
-POSITION_STRATEGIES = (None, "add", "concat", "mlpconcat", "biasadd")
+POSITION_STRATEGIES = ("add", "concat", "mlpconcat", "biasadd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +73,33 @@ class MethodSettings:
     Args:
         layer_selection: layers that get parts, numbered from 1 over the whole model; None: all.
             What lies before the first layer is no layer: it is always selected.
-        weight_tying: the parts of all layers at one place share their weights.
-        position_embedding_strategy: how a tied part learns which layer it is in.
+        weight_tying: the parts of all layers of a stack at one place share their weights.
+        position_embedding_strategy: how a tied part learns which layer it is in
+            (`methods.tied.LayerPosition`); None: not at all.
+
+    Raises:
+        UserError: for a strategy that is not known, has nothing to tell apart, or that the method
+            cannot use.
     """
+
+    takes_position: ClassVar[bool] = False  # whether the method's parts can be told their layer
 
     layer_selection: tuple[int, ...] | None = None
     weight_tying: bool = False
     position_embedding_strategy: str | None = None
 
     def __post_init__(self) -> None:
-        if self.position_embedding_strategy not in POSITION_STRATEGIES:
-            known = ", ".join(str(name) for name in POSITION_STRATEGIES)
-            raise UserError(
-                f"position_embedding_strategy={self.position_embedding_strategy!r}: one of {known}"
-            )
+        strategy = self.position_embedding_strategy
+        if strategy is None:
+            return
+        key = f"position_embedding_strategy={strategy!r}"
+        if strategy not in POSITION_STRATEGIES:
+            raise UserError(f"{key}: use null or one of {', '.join(POSITION_STRATEGIES)}")
+        if not self.takes_position:
+            method = type(self).__name__.removesuffix("Config")
+            raise UserError(f"{key}: {method} has no use for it, adapters and LoRA have: set null")
+        if not self.weight_tying:
+            raise UserError(f"{key} tells tied layers apart: set weight_tying=True, or null here")
 
     def selects(self, site: Site) -> bool:
         """Whether the method may have a part at a site."""
@@ -84,23 +116,23 @@ class MethodSettings:
 
     def tie(self, parts: list[tuple[Site, Part]]) -> None:
         """Lets parts share parameters, once all of them are made."""
-        if self.weight_tying:
-            first: dict[str, Part] = {}
-            for site, part in parts:
-                if (owner := first.setdefault(site.name, part)) is not part:
-                    share_parameters(owner, part)
+        if not self.weight_tying:
+            return
+        groups: dict[tuple[str, str], list[Part]] = {}
+        for site, part in parts:
+            groups.setdefault((site.name, site.stack), []).append(part)
+        for group in groups.values():
+            for index, part in enumerate(group):
+                part.place(index, len(group))
+                if part is not group[0]:
+                    share_parameters(group[0], part)
 
 
 def share_parameters(owner: nn.Module, other: nn.Module) -> None:
-    """Makes `other` use the parameters of `owner`, wherever it has one of that name."""
+    """Makes `other`, a module of the same form, use the parameters of `owner`."""
     for name, parameter in owner.named_parameters():
         path, _, leaf = name.rpartition(".")
-        try:
-            module = other.get_submodule(path)
-        except AttributeError:
-            continue
-        if leaf in module._parameters:
-            setattr(module, leaf, parameter)
+        setattr(other.get_submodule(path), leaf, parameter)
 
 
 class PartLinear(nn.Linear):

@@ -15,6 +15,24 @@ Split = Literal["replicated", "column", "row"]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which rows of a projection, the sublayer's module `linear`, make a slot's output.
+
+    The tensor is seen as `shape` (runs, blocks, rows); of each run the blocks from `start` to
+    `stop`. A share of a split projection holds its share of them under the same numbers.
+    """
+
+    linear: str
+    shape: tuple[int, int, int] = (1, 1, -1)
+    start: int = 0
+    stop: int = 1
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view [runs, blocks, rows, ...] of a weight [all rows, in] or a bias [all rows]."""
+        return tensor.unflatten(0, self.shape)[:, self.start : self.stop]
+
+
+@dataclass(frozen=True)
 class Site:
     """Where a slot is and what passes there.
 
@@ -22,7 +40,9 @@ class Site:
     layer from 0 (-1: the embeddings). `split` says what tensor parallelism does to the slot:
     `column`: outputs are split over ranks; `row`: inputs are split and the output is a partial sum;
     `replicated`: every rank sees the whole. `blocks`: the outputs are this many runs of features
-    (gate and up: 2), each of which is split apart. `stack` is `encoder` or `decoder`.
+    (gate and up: 2), each of which is split apart. `stack` is `encoder` or `decoder`. `rows` are
+    those that make the output, where a projection does; `feeds` is the projection of which the
+    output is the input. Both name modules of the sublayer that owns the slot.
     """
 
     name: str
@@ -32,6 +52,8 @@ class Site:
     split: Split = "replicated"
     blocks: int = 1
     stack: str = "decoder"
+    rows: Rows | None = None
+    feeds: str | None = None
 
 
 @dataclass(slots=True)

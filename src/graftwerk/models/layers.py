@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.adapters.slots import Site, Slot, Split, widen
+from graftwerk.adapters.slots import Rows, Site, Slot, Split, widen
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.positions import rotate
@@ -118,17 +118,21 @@ class Attention(nn.Module):
             self.query_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
             self.key_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
 
-        def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
-            return Slot(Site(name, number, inputs, outputs, split, stack=stack))
+        def slot(name: str, inputs: int, outputs: int, rows: Rows, split: Split = "column") -> Slot:
+            return Slot(Site(name, number, inputs, outputs, split, stack=stack, rows=rows))
 
-        self.qkv = slot("qkv", hidden, query + 2 * key)
-        self.query = slot("query", hidden, query)
-        self.key = slot("key", hidden, key)
-        self.value = slot("value", hidden, key)
-        self.keys = slot("keys", key, key)
-        self.values = slot("values", key, key)
+        heads = self.heads_per_group
+        group = (-1, heads + 2, self.head_size)
+        keys = Rows("linear_qkv", group, heads, heads + 1)
+        values = Rows("linear_qkv", group, heads + 1, heads + 2)
+        self.qkv = slot("qkv", hidden, query + 2 * key, Rows("linear_qkv"))
+        self.query = slot("query", hidden, query, Rows("linear_qkv", group, 0, heads))
+        self.key = slot("key", hidden, key, keys)
+        self.value = slot("value", hidden, key, values)
+        self.keys = slot("keys", key, key, keys)
+        self.values = slot("values", key, key, values)
         self.prefix = Slot(Site("prefix", number, hidden, 2 * key, "column", 2, stack))
-        self.output = slot("output", query, hidden, "row")
+        self.output = slot("output", query, hidden, Rows("linear_proj"), "row")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
@@ -191,16 +195,18 @@ class CrossAttention(nn.Module):
         self.linear_kv = nn.Linear(hidden, 2 * key, bias=config.qkv_bias)
         self.linear_proj = nn.Linear(query, hidden, bias=config.bias)
 
-        def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
-            return Slot(Site(name, number, inputs, outputs, split, stack=stack))
+        def slot(name: str, inputs: int, outputs: int, rows: Rows, split: Split = "column") -> Slot:
+            return Slot(Site(name, number, inputs, outputs, split, stack=stack, rows=rows))
 
-        self.query = slot("cross_query", hidden, query)
-        self.key = slot("cross_key", hidden, key)
-        self.value = slot("cross_value", hidden, key)
-        self.keys = slot("cross_keys", key, key)
-        self.values = slot("cross_values", key, key)
+        keys = Rows("linear_kv", (-1, 2, self.head_size), 0, 1)
+        values = Rows("linear_kv", (-1, 2, self.head_size), 1, 2)
+        self.query = slot("cross_query", hidden, query, Rows("linear_q"))
+        self.key = slot("cross_key", hidden, key, keys)
+        self.value = slot("cross_value", hidden, key, values)
+        self.keys = slot("cross_keys", key, key, keys)
+        self.values = slot("cross_values", key, key, values)
         self.prefix = Slot(Site("cross_prefix", number, hidden, 2 * key, "column", 2, stack))
-        self.output = slot("cross_output", query, hidden, "row")
+        self.output = slot("cross_output", query, hidden, Rows("linear_proj"), "row")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
@@ -269,14 +275,21 @@ class MLP(nn.Module):
         self.linear_fc1 = nn.Linear(hidden, wide, bias=bool(config.mlp_bias))
         self.linear_fc2 = nn.Linear(inner, hidden, bias=bool(config.mlp_bias))
 
-        def slot(name: str, inputs: int, outputs: int, split: Split = "column") -> Slot:
-            return Slot(Site(name, number, inputs, outputs, split, outputs // inner, stack))
+        def slot(name: str, outputs: int, rows: Rows) -> Slot:
+            blocks = outputs // inner
+            return Slot(Site(name, number, hidden, outputs, "column", blocks, stack, rows))
 
-        self.fc1 = slot("fc1", hidden, wide)
-        self.gate = slot("gate", hidden, inner) if config.gated else None
-        self.up = slot("up", hidden, inner) if config.gated else None
-        self.inner = slot("mlp_inner", inner, inner)
-        self.fc2 = Slot(Site("fc2", number, inner, hidden, "row", stack=stack))
+        halves = (1, 2, -1)
+        self.fc1 = slot("fc1", wide, Rows("linear_fc1"))
+        self.gate = self.up = None
+        if config.gated:
+            self.gate = slot("gate", inner, Rows("linear_fc1", halves, 0, 1))
+            self.up = slot("up", inner, Rows("linear_fc1", halves, 1, 2))
+        self.inner = Slot(
+            Site("mlp_inner", number, inner, inner, "column", stack=stack, feeds="linear_fc2")
+        )
+        fc2 = Rows("linear_fc2")
+        self.fc2 = Slot(Site("fc2", number, inner, hidden, "row", stack=stack, rows=fc2))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, h] -> [B, S, h]."""

@@ -6,11 +6,12 @@ for a place beside the sublayer.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.methods.tied import LayerPosition
 from graftwerk.adapters.part import MethodSettings, Part, PartLinear, initialise
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
@@ -22,8 +23,11 @@ NORM_TYPES = ("mixedfusedlayernorm", "layernorm")
 class BottleneckConfig(MethodSettings):
     """`model.adapter_tuning` of a learning stage.
 
-    `dim` is the width of the bottleneck. Trainable parameters: `2 (2 h dim + 2 h)` a layer.
+    `dim` is the width of the bottleneck. Trainable parameters: `2 (2 h dim + 2 h)` a layer; with
+    `weight_tying` that many for each stack of layers, and what `LayerPosition` has.
     """
+
+    takes_position: ClassVar[bool] = True
 
     type: Literal["parallel_adapter", "linear_adapter"] = "parallel_adapter"
     dim: int = 32
@@ -69,25 +73,41 @@ class Bottleneck(Part):
     def __init__(self, hidden_size: int, config: BottleneckConfig):
         super().__init__()
         self.norm_first = config.norm_position == "pre"
-        self.linear_in = PartLinear(hidden_size, config.dim, bias=False)
+        self.position = None
+        if config.position_embedding_strategy is not None:
+            self.position = LayerPosition(
+                config.position_embedding_strategy, hidden_size, hidden_size, config.dim
+            )
+        inputs = hidden_size + (self.position.extra if self.position is not None else 0)
+        self.linear_in = PartLinear(inputs, config.dim, bias=False)
         self.linear_out = PartLinear(config.dim, hidden_size, bias=False)
-        self.layer_norm = LayerNormOfPart(hidden_size, eps=1e-5)
+        self.layer_norm = LayerNormOfPart(inputs if self.norm_first else hidden_size, eps=1e-5)
         self.dropout = nn.Dropout(config.dropout)
+        self._initialise(config)
+
+    def _initialise(self, config: BottleneckConfig) -> None:
         if config.type == "parallel_adapter":
             key = "model.adapter_tuning."
             initialise(self.linear_in.weight, config.column_init_method, f"{key}column_init_method")
             initialise(self.linear_out.weight, config.row_init_method, f"{key}row_init_method")
-        elif (
-            self.norm_first
-        ):  # NeMo's LinearAdapter: torch's initialisation, and zero where it ends
+        # NeMo's LinearAdapter: torch's initialisation, and zero where it ends
+        elif self.norm_first:
             nn.init.zeros_(self.linear_out.weight)
         else:
             nn.init.zeros_(self.layer_norm.weight)
 
+    def place(self, index: int, count: int) -> None:
+        if self.position is not None:
+            self.position.place(index, count)
+
     def forward(self, call: SlotCall) -> Tensor:
         x = call.output if call.bias is None else call.output - call.bias
+        if self.position is not None:
+            x = self.position.enter(x)
         inner = self.layer_norm(x) if self.norm_first else x
         inner = self.linear_out(F.silu(self.linear_in(inner)))
         if not self.norm_first:
             inner = self.layer_norm(inner)
+        if self.position is not None:
+            inner = self.position.leave(inner)
         return call.output + self.dropout(inner)

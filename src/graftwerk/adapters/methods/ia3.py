@@ -30,12 +30,20 @@ class IA3Config(MethodSettings):
 class Scale(Part):
     """`scalers * output`, one learned factor a feature, all ones at birth."""
 
+    unmergeable = None
+
     def __init__(self, features: int):
         super().__init__()
         self.scalers = nn.Parameter(torch.ones(features))
 
     def forward(self, call: SlotCall) -> Tensor:
         return call.output * self.scalers.to(call.output.dtype)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return weight * self.scalers[:, None]
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        return bias * self.scalers
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return {"scalers": Layout(dim=0, blocks=site.blocks)} if site.split == "column" else {}
