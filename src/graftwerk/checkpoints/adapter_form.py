@@ -46,7 +46,7 @@ def joined(
         {
             "name": adapter.name,
             **adapter.config,
-            "parameters": sum(tensor.numel() for tensor in adapter.state.values()),
+            "trainable_parameters": sum(tensor.numel() for tensor in adapter.state.values()),
         }
         for adapter in saved
     ]

@@ -191,7 +191,7 @@ def _adapter(path: Path, settings: dict[str, Any]) -> Report:
         counts = _dtypes(source, source.names)
     ours = "method" in settings
     told = settings if ours else settings["peft"]
-    left_out = ("format", "name", "method", "base", "parameters", "peft_scheme")
+    left_out = ("format", "name", "method", "base", "trainable_parameters", "peft_scheme")
     return Report(
         kind="adapter",
         path=str(path),
