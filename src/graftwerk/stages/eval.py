@@ -1,4 +1,4 @@
-"""The `eval` stage: the base and adapters answer the same questions, and are scored side by side.
+"""The `eval` stage: base, adapters and tuned models answer the same questions, side by side.
 
 Writes `<name>/predictions.jsonl` for each and `metrics.json` to `exp_manager.explicit_log_dir`.
 """
@@ -6,7 +6,7 @@ Writes `<name>/predictions.jsonl` for each and `metrics.json` to `exp_manager.ex
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from graftwerk.checkpoints import load_adapter
-from graftwerk.checkpoints.adapter import read_adapter
+from graftwerk.adapters import Composition, Stack
+from graftwerk.checkpoints.adapter import load_adapters, method_of, read_adapters
+from graftwerk.checkpoints.adapter_form import AdapterFile
 from graftwerk.checkpoints.base_path import base_of
 from graftwerk.data.datamodule import data_files, encoders_from_config
 from graftwerk.data.jsonl import read_rows, replacing, write_json
@@ -48,10 +49,13 @@ def run(cfg: DictConfig) -> int:
     model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
     sampling = Sampling.from_keys(model_cfg.inference, model_cfg.seed)
     truth = read_truth(data_files(model_cfg, "ground_truth_ds"))
-    base = Base.open(base_of(model_cfg), revision_of(model_cfg), head_of(model_cfg))
+    files = {adapter.name: read_adapters(adapter.path) for adapter in model_cfg.adapters}
+    head = head_of(model_cfg, files)
+    base = Base.open(base_of(model_cfg), revision_of(model_cfg), head)
+    tuned = {model.name: open_tuned(model.path, base) for model in model_cfg.get("models") or []}
     tokenizer = base.tokenizer()
     answerer = answerer_of(base, tokenizer, sampling, model_cfg.data.batch_size)
-    questions = read_questions(model_cfg, base, tokenizer)
+    questions = read_questions(model_cfg, base, tokenizer, virtual_tokens(files))
     unknown = [str(row["id"]) for row in questions.rows if str(row["id"]) not in truth]
     if unknown:
         raise UserError(
@@ -59,17 +63,27 @@ def run(cfg: DictConfig) -> int:
             f"model.data.test_ds, such as id {unknown[0]!r}"
         )
     device = device_of(cfg.trainer, World.from_environment())
-    model = base.load(precision_of(cfg.trainer), device, model_cfg.seed)
-    for adapter in model_cfg.adapters:
-        load_adapter(model, adapter.path, adapter.name)
+    dtype = precision_of(cfg.trainer)
+    model = base.load(dtype, device, model_cfg.seed)
+    active = {
+        a.name: add_adapters(model, a.name, files[a.name], a.path) for a in model_cfg.adapters
+    }
     if base.fresh_head and model_cfg.evaluate_base:
         print(f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one")
     if sampling.idle:
         print(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
-    results = [
-        evaluate(name, path, model, answerer, questions, truth, folder)
-        for name, path in candidates(model_cfg)
-    ]
+
+    def result(name: str, path: str | None, model: GPT | T5 | BERT) -> dict[str, Any]:
+        file = None if path is None else Path(path)
+        return evaluate(name, file, model, answerer, questions, truth, folder)
+
+    results = [result(BASE, None, model)] if model_cfg.evaluate_base else []
+    for adapter in model_cfg.adapters:
+        model.set_active(active[adapter.name])
+        results.append(result(adapter.name, adapter.path, model))
+    for name, other in tuned.items():
+        model = other.load(dtype, device)  # in the place of the one before
+        results.append(result(name, other.path, model))
     metrics = {
         "base_model": base.path,
         "questions": len(truth),
@@ -87,17 +101,28 @@ def check(cfg: DictConfig) -> None:
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if (model.get(key) or 1) != 1:
             raise UserError(f"model.{key}={model[key]} is not supported yet: set it to 1")
-    for key in ("language_model_path", "adapters", "task_templates", "encoder_seq_length"):
+    for key in (
+        "language_model_path",
+        "adapters",
+        "models",
+        "task_templates",
+        "encoder_seq_length",
+    ):
         if model.get(key) == "auto":
             raise UserError(f"model.{key}=auto: no learning stage says what it is; give a value")
     for key in ("test_ds", "ground_truth_ds"):
         if not data_files(model, key):
             raise UserError(f"model.data.{key} is empty: name at least one JSONL file")
-    names = [adapter.name for adapter in model.adapters]
+    names = [each.name for each in (*model.adapters, *(model.get("models") or []))]
     if len(set(names)) < len(names) or BASE in names:
-        raise UserError(f"model.adapters: the names must differ, and none is {BASE!r}: {names}")
+        raise UserError(
+            f"model.adapters and model.models: the names must differ, and none is {BASE!r}: {names}"
+        )
     if not names and not model.evaluate_base:
-        raise UserError("nothing to evaluate: model.adapters is empty and evaluate_base is False")
+        raise UserError(
+            "nothing to evaluate: model.adapters and model.models are empty and evaluate_base is "
+            "False"
+        )
 
 
 def read_truth(files: list[str]) -> dict[str, list[str]]:
@@ -113,12 +138,48 @@ def read_truth(files: list[str]) -> dict[str, list[str]]:
     return truth
 
 
-def head_of(model_cfg: DictConfig) -> str | None:
+def head_of(model_cfg: DictConfig, files: Mapping[str, AdapterFile]) -> str | None:
     """`model.head`; where it is not given, the head that an adapter's file holds."""
     if model_cfg.get("head") not in (None, "auto"):
         return str(model_cfg.head)
-    heads = (read_adapter(adapter.path)[0].get("head") for adapter in model_cfg.adapters)
+    heads = (adapter.config.get("head") for file in files.values() for adapter in file.adapters)
     return next((str(head) for head in heads if head is not None), None)
+
+
+def virtual_tokens(files: Mapping[str, AdapterFile]) -> int:
+    """The most that any file's adapters put before a row: all answer questions of one length."""
+    counts = [
+        sum(getattr(method_of(a.config, name), "virtual_tokens", 0) for a in file.adapters)
+        for name, file in files.items()
+    ]
+    return max(counts, default=0)
+
+
+def add_adapters(
+    model: GPT | T5 | BERT, name: str, file: AdapterFile, path: str
+) -> Composition | str:
+    """Adds what a file holds, and returns how it was trained: one behind the other."""
+    own = [adapter.name for adapter in file.adapters]
+    if len(own) == 1:
+        return load_adapters(model, path, name)[0]
+    return Stack(*load_adapters(model, path, {each: f"{name}-{each}" for each in own}))
+
+
+def open_tuned(path: str, base: Base) -> Base:
+    """A whole model to evaluate beside the base, whose questions it is asked.
+
+    Raises:
+        UserError: where it does not read the base's tokens.
+    """
+    model = Base.open(path, head=base.config.head)
+    same = ("architecture", "vocab_size")
+    if any(getattr(model.config, key) != getattr(base.config, key) for key in same):
+        raise UserError(
+            f"model.models: {path} is a {model.config.architecture} model of "
+            f"{model.config.vocab_size} tokens, the base {base.path} a {base.config.architecture} "
+            f"model of {base.config.vocab_size}: evaluate it as the base of a stage of its own"
+        )
+    return model
 
 
 def answerer_of(
@@ -130,13 +191,23 @@ def answerer_of(
     return Answerer(tokenizer, sampling, batch_size)
 
 
-def read_questions(model_cfg: DictConfig, base: Base, tokenizer: Any) -> Questions:
-    """The questions of `test_ds`, under the templates of training, within the model's positions."""
+def read_questions(
+    model_cfg: DictConfig, base: Base, tokenizer: Any, virtual: int = 0
+) -> Questions:
+    """The questions of `test_ds`, under the templates of training, within the model's positions.
+
+    `virtual` of these are taken by virtual tokens.
+    """
     positions, length = base.config.max_position_embeddings, model_cfg.encoder_seq_length
     bounded = OmegaConf.merge(model_cfg)
-    if positions and length:
+    if positions and virtual >= positions - 1:
+        raise UserError(
+            f"model.adapters: {virtual} virtual tokens leave no room in the {positions} positions "
+            f"of {base.path}"
+        )
+    if positions and (length or virtual):
         with open_dict(bounded):
-            bounded.encoder_seq_length = min(length, positions)
+            bounded.encoder_seq_length = min(length or positions, positions - virtual)
     assert isinstance(bounded, DictConfig)
     questions = Questions.read(
         data_files(model_cfg, "test_ds"),
@@ -148,14 +219,6 @@ def read_questions(model_cfg: DictConfig, base: Base, tokenizer: Any) -> Questio
     return questions
 
 
-def candidates(model_cfg: DictConfig) -> Iterator[tuple[str, Path | None]]:
-    """(name, adapter file) of all that is evaluated; the base has no file."""
-    if model_cfg.evaluate_base:
-        yield BASE, None
-    for adapter in model_cfg.adapters:
-        yield adapter.name, Path(adapter.path)
-
-
 def evaluate(
     name: str,
     path: Path | None,
@@ -165,8 +228,7 @@ def evaluate(
     truth: dict[str, list[str]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Answers all questions with one adapter, writes the answers, and scores them."""
-    model.set_active(None if path is None else name)
+    """Answers all questions with a model as it is, writes the answers, and scores them."""
     start = time.monotonic()
     with progress_bar(name, len(questions.rows)) as advance:
         answers = answerer.answer(model, questions.prompts, advance)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.adapters import MethodConfig, SelectiveConfig, Stack, methods_from_config
 from graftwerk.checkpoints import load_tokenizer
-from graftwerk.checkpoints.adapter import read_adapter
+from graftwerk.checkpoints.adapter import read_adapters
 from graftwerk.checkpoints.base_path import adapter_of, base_of
 from graftwerk.data.datamodule import data_files, encoders_from_config, longest_row
 from graftwerk.data.jsonl import read_rows
@@ -180,20 +180,25 @@ def _first_weights(
 
 def _restore(model: GPT | T5 | BERT, names: list[str], path: str) -> None:
     """Weights of a file into the new adapters; settings that change their function agree."""
-    settings, state = read_adapter(path)
-    name = str(settings["name"]) if len(names) > 1 else names[0]
-    if name not in names:
-        raise UserError(
-            f"{path} holds the adapter {name!r}, and this run trains {', '.join(names)}: name its "
-            f"method in model.peft.peft_scheme"
-        )
-    free = ("name", "dropout", "column_init_method", "row_init_method")
-    own = {k: v for k, v in model.adapter_config(name).items() if k not in free}
-    other = {k: settings.get(k) for k in own if _plain(settings.get(k)) != _plain(own[k])}
-    if other:
-        said = ", ".join(f"{key} {value!r} instead of {own[key]!r}" for key, value in other.items())
-        raise UserError(f"model.restore_path={path} holds an adapter with {said}")
-    model.load_adapter_state(name, state)
+    saved = read_adapters(path).adapters
+    alone = len(saved) == len(names) == 1  # whatever it was called
+    free = ("dropout", "column_init_method", "row_init_method")
+    for adapter in saved:
+        name = names[0] if alone else adapter.name
+        if name not in names:
+            raise UserError(
+                f"model.restore_path={path} holds an adapter {name!r}, and this run trains "
+                f"{', '.join(names)}: name its method in model.peft.peft_scheme"
+            )
+        own = {k: v for k, v in model.adapter_config(name).items() if k not in free}
+        said = [
+            f"{key} {adapter.config.get(key)!r} instead of {value!r}"
+            for key, value in own.items()
+            if _plain(adapter.config.get(key)) != _plain(value)
+        ]
+        if said:
+            raise UserError(f"model.restore_path={path} holds an adapter with {', '.join(said)}")
+        model.load_adapter_state(name, adapter.state)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwerk.checkpoints import nemo_tokenizer, save_adapter, save_base
+from graftwerk.checkpoints import nemo_tokenizer, save_adapters, save_base
 from graftwerk.checkpoints.nemo import write_nemo
 from graftwerk.checkpoints.nemo_config import from_config
 from graftwerk.errors import UserError
@@ -46,7 +46,7 @@ def write_result(learner: Learner, path: Path, extra: dict[str, Any]) -> int:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if learner.adapters:
-        return save_adapter(learner.model, learner.adapters[0], path, extra)
+        return save_adapters(learner.model, learner.adapters, path, extra)
     if not is_nemo(path):
         save_base(learner.model, learner.tokenizer, path)
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
