@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from graftwerk.data.encoding import Encoded, Example, Label, RowDropped, RowEncoder, RowReport
+from graftwerk.data.encoding import (
+    Encoded,
+    Example,
+    Label,
+    RowDropped,
+    RowEncoder,
+    RowReport,
+    RowUnlabelled,
+)
 from graftwerk.data.jsonl import Row, read_rows
+from graftwerk.data.tasks import task_of
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
 
@@ -39,6 +48,8 @@ class Batch:
             padded.
         documents: [B, S] int64, the same of a BERT's `tokens`.
         token_types: [B, S] int64, of a BERT that knows more than one.
+        origins: [N] int64, which of the data set's sources each label is from; None where nobody
+            asks.
         num_rows: rows that hold data; a filler has none.
         num_tokens: tokens that are not padding.
     """
@@ -53,6 +64,7 @@ class Batch:
     source_documents: Tensor | None = None
     documents: Tensor | None = None
     token_types: Tensor | None = None
+    origins: Tensor | None = None
     num_rows: int = -1
     num_tokens: int = -1
 
@@ -90,14 +102,19 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Example], pad: int = 0, multiple: int = 1, filler: Example | None = None
+    examples: Sequence[Example],
+    pad: int = 0,
+    multiple: int = 1,
+    filler: Example | None = None,
+    origins: Sequence[int] | None = None,
 ) -> Batch:
     """Examples of one family as one batch, padded on the right with token `pad`.
 
     The length is that of the longest example, rounded up to a multiple of `multiple`. Optional
     fields are filled where any example has its own, and stay None otherwise. No examples make a
     batch of the filler alone, whose labels weigh nothing (None: a GPT's, one token without labels),
-    for ranks that have run out of rows.
+    for ranks that have run out of rows. `origins` has the number of each
+    example's source.
     """
     rows = examples or [filler or Example([pad])]
     tokens = _padded([row.tokens for row in rows], pad, multiple)
@@ -124,6 +141,11 @@ def collate(
     if rows[0].token_types is not None:
         types = _padded([row.token_types or () for row in rows], 0, multiple)
         batch.token_types = torch.from_numpy(types)
+    if origins is not None:
+        of_row = torch.tensor(origins or [0], dtype=torch.int64)
+        counts = torch.tensor([len(row.labels) for row in rows])
+        spans = rows[0].span is not None  # a start for each row, then an end for each
+        batch.origins = of_row.repeat(2) if spans else of_row.repeat_interleave(counts)
     return batch
 
 
@@ -205,44 +227,48 @@ class AnswerDataset(Dataset[Example]):
     object per token. `report` says what became of the rows.
 
     Args:
-        files: JSONL files; each row has a `taskname` (not needed where there is one task) and the
-            fields of that task's template.
+        sources: JSONL files, or groups of them that are counted as one (`sizes`); each row has a
+            `taskname` (not needed where there is one task) and the fields of that task's template.
         encoders: by task name. Rows of other tasks are dropped and counted.
         trainable: raise where no row is left, and name the reasons.
+        drop_unlabelled: count rows in which nothing is to be learned; otherwise one is an error.
     """
 
     def __init__(
         self,
-        files: Sequence[str | os.PathLike[str]],
+        sources: Sequence[str | os.PathLike[str] | Sequence[str]],
         encoders: Mapping[str, RowEncoder],
         trainable: bool = True,
+        drop_unlabelled: bool = False,
     ) -> None:
         # Set, or the tokenizers library complains about worker processes started after it ran.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.report = RowReport()
         self._encoders = encoders
+        self._drop_unlabelled = drop_unlabelled
         self.filler = next(iter(encoders.values())).filler
         self._tokens, self._labels = _Column(np.int32), _Column(np.int32, (2,))
         self._sources, self._types = _Column(np.int32), _Column(np.int8)
         self._spans = _Column(np.int32)
         columns = self._tokens, self._labels, self._sources, self._types, self._spans
-        self._count = 0
-        for path in files:
-            for example in self._examples(path):
+        groups = [[s] if isinstance(s, str | os.PathLike) else list(s) for s in sources]
+        self.sizes = [0] * len(groups)  # examples of each source
+        for number, files in enumerate(groups):
+            for example in (example for path in files for example in self._examples(path)):
                 labels = [label[:2] for label in example.labels]
                 kept = example.tokens, labels, example.source, example.token_types, example.span
                 for column, values in zip(columns, kept, strict=True):
                     column.add(values)
-                self._count += 1
+                self.sizes[number] += 1
         for column in columns:
             column.close()
+        self._ends = np.cumsum(self.sizes)
         if trainable and not len(self):
-            raise UserError(
-                f"{', '.join(map(str, files)) or 'no files'}: nothing to train on: {self.report}"
-            )
+            names = [str(path) for files in groups for path in files]
+            raise UserError(f"{', '.join(names) or 'no files'}: nothing to train on: {self.report}")
 
     def __len__(self) -> int:
-        return self._count
+        return sum(self.sizes)
 
     def __getitem__(self, index: int) -> Example:
         span = self._spans[index]
@@ -254,6 +280,10 @@ class AnswerDataset(Dataset[Example]):
             span=None if span is None else tuple(span),
         )
 
+    def source_of(self, index: int) -> int:
+        """Which source an example is from."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
     @property
     def longest(self) -> int:
         """The most positions that an example needs, of a T5 by its source or its target."""
@@ -263,29 +293,50 @@ class AnswerDataset(Dataset[Example]):
     def _examples(self, path: str | os.PathLike[str]) -> Iterator[Example]:
         rows = self._sound_rows(path)
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            by_task: dict[str, list[tuple[int, Row]]] = {}
-            for index, (task, row) in enumerate(chunk):
-                by_task.setdefault(task, []).append((index, row))
+            by_task: dict[str, list[int]] = {}
+            for index, (_, task, _) in enumerate(chunk):
+                by_task.setdefault(task, []).append(index)
             outcomes: dict[int, Encoded | RowDropped] = {}
             for task, members in by_task.items():
-                encoded = self._encoders[task].encode_all([row for _, row in members])
-                outcomes |= zip((index for index, _ in members), encoded, strict=True)
-            for index in range(len(chunk)):
+                encoded = self._encode(path, task, [chunk[index] for index in members])
+                outcomes |= zip(members, encoded, strict=True)
+            for index, (number, _, _) in enumerate(chunk):
                 outcome = outcomes[index]
                 if isinstance(outcome, RowDropped):
-                    self.report.dropped[str(outcome)] += 1
+                    self._drop(outcome, f"{path}, line {number}")
                 else:
                     self.report.add(outcome)
                     yield from outcome.examples
 
-    def _sound_rows(self, path: str | os.PathLike[str]) -> Iterator[tuple[str, Row]]:
-        """Rows that have a task and its fields; the first that lacks one ends the run."""
-        only = next(iter(self._encoders)) if len(self._encoders) == 1 else None
+    def _encode(
+        self, path: str | os.PathLike[str], task: str, members: Sequence[tuple[int, str, Row]]
+    ) -> list[Encoded | RowDropped]:
+        encoder, rows = self._encoders[task], [row for _, _, row in members]
+        try:
+            return list(encoder.encode_all(rows))
+        except RowError as error:
+            for number, _, row in members:
+                try:
+                    list(encoder.encode_all([row]))
+                except RowError as reason:
+                    raise UserError(f"{path}, line {number}: {reason}") from None
+            raise AssertionError("a row that is refused among others alone") from error
+
+    def _drop(self, dropped: RowDropped, where: str) -> None:
+        if isinstance(dropped, RowUnlabelled) and not self._drop_unlabelled:
+            raise UserError(
+                f"{where}: {dropped}: nothing is to be learned from the row; mend or remove it, or "
+                f"set model.data.unlabelled: drop"
+            )
+        self.report.dropped[str(dropped)] += 1
+
+    def _sound_rows(self, path: str | os.PathLike[str]) -> Iterator[tuple[int, str, Row]]:
+        """(line, task, row) of rows that have all they need; the first that does not ends it."""
         empty = True
         for number, row in read_rows(path):
             empty = False
             self.report.rows += 1
-            task = row.get("taskname", only)
+            task = task_of(row, self._encoders)
             if task is None:
                 raise UserError(
                     f"{path}, line {number}: no field 'taskname', and there are several tasks: "
@@ -295,10 +346,10 @@ class AnswerDataset(Dataset[Example]):
                 self.report.dropped[f"of task {task!r}, not in existing_tasks or new_tasks"] += 1
                 continue
             try:
-                self._encoders[task].template.render(row)
+                self._encoders[task].check(row)
             except RowError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
-            yield task, row
+            yield number, task, row
         if empty:
             raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
 

@@ -1,13 +1,12 @@
 """Rows to examples: tokens, and labels at the positions that predict them."""
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from graftwerk.data.templates import TaskTemplate, text_of
+from graftwerk.data.prompts import Continuation, PiecewisePrompts, Prompts, WholePrompts
+from graftwerk.data.templates import SFTTemplate, TaskTemplate
 from graftwerk.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,14 +61,25 @@ class RowDropped(Exception):
     """A sound row that does not become an example; the message is the reason to count it under."""
 
 
+class RowUnlabelled(RowDropped):
+    """A row in which nothing is to be learned: an error, unless the configuration drops it."""
+
+
 class RowEncoder(Protocol):
     """Rows of one task to the examples of one family of models.
 
     `filler` is an example that weighs nothing, for a rank that has run out of rows.
     """
 
-    template: TaskTemplate
     filler: Example
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Raises a `RowError` for a row that cannot be learned from, whatever its length."""
+        ...
+
+    def metadata(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row holds besides: predictions carry it."""
+        ...
 
     def encode_all(self, rows: Sequence[Mapping[str, Any]]) -> Iterator["Encoded | RowDropped"]:
         """What became of each row, in order."""
@@ -81,7 +91,7 @@ class RowEncoder(Protocol):
 
 
 class Encoded(NamedTuple):
-    """A row's examples, and whether its `truncate_field` was cut to fit."""
+    """A row's examples, and whether it was cut to fit."""
 
     examples: list[Example]
     cut: bool
@@ -91,10 +101,15 @@ class Encoder:
     """Rows to the examples of a GPT: prompt and answer in one text.
 
     Args:
-        template: the row's task.
+        template: the row's task. Prompts of an `SFTTemplate` are tokenised piece by piece.
         tokenizer: its own special tokens are never added; `add_bos` and `add_eos` say which are.
-        encoder_seq_length: the most tokens of a whole row: start token, prompt, answer, end token.
+        encoder_seq_length: the most tokens of a whole row: virtual tokens, start token, prompt,
+            separator, answer, end token.
         add_bos, add_eos: put the tokenizer's start token first, its end token last (as a label).
+        add_sep: put its separator between prompt and answer.
+        tokens_to_generate: prompts leave room for so many tokens of answer at least.
+        virtual_tokens: that the model puts before each row.
+        over_long: `cut` or `drop` rows that are too long; None: cut where a field may be cut.
     """
 
     def __init__(
@@ -104,16 +119,34 @@ class Encoder:
         encoder_seq_length: int,
         add_bos: bool = False,
         add_eos: bool = True,
+        *,
+        add_sep: bool = False,
+        tokens_to_generate: int = 0,
+        virtual_tokens: int = 0,
+        over_long: str | None = None,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
-        self.limit = encoder_seq_length
+        self.limit = encoder_seq_length - virtual_tokens
+        self.length = length_words(encoder_seq_length, virtual_tokens)
         self.filler = Example([padding_token(tokenizer)])
         self.bos = self._special("bos", add_bos)
         self.eos = self._special("eos", add_eos)
+        self.sep = self._special("sep", add_sep)
+        self.room = tokens_to_generate
+        self.cuts = over_long != "drop"
+        if over_long == "cut" and not template.cut_fields:
+            raise UserError(
+                f"model.data.over_long=cut, but {template.key('truncate_field')} is null: name a "
+                f"field to cut, or set over_long: drop"
+            )
+        self.prompts: Prompts = (
+            PiecewisePrompts(template, tokenizer)
+            if isinstance(template, SFTTemplate)
+            else WholePrompts(template, tokenizer)
+        )
         literal = template.pieces[-1][0].rstrip() if template.answer_field is not None else ""
-        self._anchor = literal[-1:] or ":"
-        self._anchor_tokens = self._tokens(self._anchor)
+        self._behind = Continuation(tokenizer, literal[-1:] or ":")
 
     def _special(self, name: str, wanted: bool) -> list[int]:
         token = getattr(self.tokenizer, f"{name}_token_id")
@@ -124,28 +157,32 @@ class Encoder:
             )
         return [token] if wanted else []
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Raises a `RowError` for a row without the template's fields."""
+        self.template.render(row)
+
+    def metadata(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row holds besides the template's fields."""
+        return {key: value for key, value in row.items() if key not in self.template.fields}
 
     def encode(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
-        """The row's example, and whether its `truncate_field` was cut to fit.
+        """The row's example, and whether it was cut to fit.
 
-        Raises `RowError` for a row without its fields, `RowDropped` for one with an empty answer
-        or too long to fit.
+        Raises `RowError` for a row without its fields, `RowUnlabelled` for one with an empty
+        answer, `RowDropped` for one too long to fit.
         """
-        prompt, answer = self.template.render(row)
-        return self._example(row, self._tokens(prompt), self._answer_tokens(prompt, answer))
+        (outcome,) = self.encode_all([row])
+        if isinstance(outcome, RowDropped):
+            raise outcome
+        return outcome.examples[0], outcome.cut
 
     def encode_all(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Encoded | RowDropped]:
-        """`encode` for many rows at once, with the prompts tokenised on all cores."""
-        texts = [self.template.render(row) for row in rows]
-        if not texts:
-            return
-        prompts = self.tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)
-        for row, (prompt, answer), tokens in zip(rows, texts, prompts["input_ids"], strict=True):
+        """What becomes of many rows, with prompts and answers tokenised on all cores."""
+        prompts = self.prompts.tokens(rows)
+        answers = self._answers([self.template.render(row) for row in rows])
+        for row, prompt, answer in zip(rows, prompts, answers, strict=True):
             try:
-                answer_tokens = self._answer_tokens(prompt, answer)
-                example, cut = self._example(row, list(tokens), answer_tokens)
+                example, cut = self._example(row, prompt, answer)
                 yield Encoded([example], cut)
             except RowDropped as dropped:
                 yield dropped
@@ -154,18 +191,24 @@ class Encoder:
         self, row: Mapping[str, Any], prompt: list[int], answer: list[int]
     ) -> tuple[Example, bool]:
         if self.template.answer_field is not None and not answer:
-            raise RowDropped("empty answer")
+            raise RowUnlabelled("empty answer")
         head, tail = self._framed(prompt), answer + self.eos
-        cut = len(head) + len(tail) > self.limit
+        room = self.limit - max(len(tail), self._reserved)
+        cut = len(head) > room
         if cut:
-            head = self._fit(row, self.limit - len(tail))
+            head = self._fit(row, room)
         tokens = head + tail
         # The first token of all has no predecessor that could predict it.
         first = max(len(head) if self.template.answer_only_loss else 0, 1)
         labels = [Label(index - 1, tokens[index]) for index in range(first, len(tokens))]
         if not labels:
-            raise RowDropped("nothing to predict")
+            raise RowUnlabelled("nothing to predict")
         return Example(tokens[:-1], labels), cut
+
+    @property
+    def _reserved(self) -> int:
+        """Tokens that every prompt leaves room for, so that it is cut alike wherever it is read."""
+        return self.room + len(self.eos) if self.room else 0
 
     def encode_prompt(self, row: Mapping[str, Any], room: int = 0) -> list[int]:
         """The row's prompt, which needs no answer: exactly the tokens that precede it in training.
@@ -173,61 +216,40 @@ class Encoder:
         Cut where it and `room` tokens more would not fit into `encoder_seq_length`; `RowDropped`
         where that cannot be done.
         """
-        prompt = self._framed(self._tokens(self.template.render(row, answer=False)[0]))
-        if len(prompt) + room > self.limit:
-            return self._fit(row, self.limit - room)
-        return prompt
+        room = self.limit - max(room, self._reserved)
+        prompt = self._framed(self.prompts.tokens([row])[0])
+        return self._fit(row, room) if len(prompt) > room else prompt
 
     def _framed(self, prompt: list[int]) -> list[int]:
         """A prompt's tokens with those that belong around them."""
-        return self.bos + prompt
+        return self.bos + prompt + self.sep
 
-    def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
-        """The answer as it continues a prompt.
-
-        A tokenizer that opens each text with a space of its own (SentencePiece) would give two
-        spaces for " blue" alone, so the answer is read behind the prompt's last literal character.
-        """
-        if not answer.strip():
-            return []
-        if not prompt:
-            return self._tokens(answer)
-        tokens = self._tokens(self._anchor + answer)
-        behind = len(self._anchor_tokens)
-        if tokens[:behind] == self._anchor_tokens:
-            return tokens[behind:]
-        return self._tokens(answer)
+    def _answers(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """The answers of (prompt, answer) as they continue their prompts."""
+        first = [number for number, (prompt, _) in enumerate(texts) if not prompt]
+        found = self._behind.tokens([answer for _, answer in texts])
+        for number in first:
+            found[number] = self.tokenizer.encode(texts[number][1], add_special_tokens=False)
+        return [row if text.strip() else [] for row, (_, text) in zip(found, texts, strict=True)]
 
     def _fit(self, row: Mapping[str, Any], room: int) -> list[int]:
-        """The prompt's tokens with as much of the start of `truncate_field` as `room` allows."""
-        name = self.template.truncate_field
-        if name is None:
-            raise RowDropped(f"longer than encoder_seq_length {self.limit}, truncate_field is null")
-        text = text_of(row, name)
-        ends = self._token_ends(text)
+        """The prompt's tokens, framed, with as much of the fields to cut as `room` allows."""
+        names = self.template.cut_fields
+        if not self.cuts:
+            raise RowDropped(f"longer than {self.length}")
+        if not names:
+            key = self.template.short_key("truncate_field")
+            raise RowDropped(f"longer than {self.length}, {key} is null")
+        prompt = self.prompts.shortened(row, room - len(self._framed([])))
+        if prompt is None:
+            raise RowDropped(f"longer than {self.length} without its {' and '.join(names)}")
+        return self._framed(prompt)
 
-        def head(kept: int) -> list[int]:
-            prompt, _ = self.template.render({**row, name: text[: ends[kept]]}, answer=False)
-            return self._framed(self._tokens(prompt))
 
-        # ends[0] = 0 keeps nothing. The first length that is too long, less one:
-        kept = bisect_left(range(len(ends)), True, key=lambda n: len(head(n)) > room) - 1
-        # Merges over the cut make lengths only almost monotonous.
-        while kept >= 0 and len(head(kept)) > room:
-            kept -= 1
-        if kept < 0:
-            raise RowDropped(f"longer than encoder_seq_length {self.limit} without its {name}")
-        return head(kept)
-
-    def _token_ends(self, text: str) -> list[int]:
-        """Where `text` may be cut: 0 and the end of each of its tokens, in characters."""
-        if self.tokenizer.is_fast:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = encoded["offset_mapping"]
-        else:
-            starts = [0, *(i for i, c in enumerate(text) if c.isspace()), len(text)]
-            spans = pairwise(starts)
-        return sorted({0, *(end for _, end in spans)})
+def length_words(length: int, virtual_tokens: int) -> str:
+    """The bound of a row, in words."""
+    virtual = f" less {virtual_tokens} virtual tokens" if virtual_tokens else ""
+    return f"encoder_seq_length {length}{virtual}"
 
 
 def padding_token(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graftwerk.data.encoding import Encoded, Example, RowDropped, padding_token
+from graftwerk.data.encoding import (
+    Encoded,
+    Example,
+    RowDropped,
+    RowUnlabelled,
+    length_words,
+    padding_token,
+)
 from graftwerk.data.templates import TaskTemplate, text_of
 from graftwerk.errors import UserError
 
@@ -90,6 +97,7 @@ class SpanEncoder:
         tokenizer: a fast one, which knows where each token comes from.
         encoder_seq_length: the most tokens of a window.
         num_token_types: that the model knows; below 2 examples have none.
+        virtual_tokens: that the model puts before each window.
     """
 
     def __init__(
@@ -98,10 +106,12 @@ class SpanEncoder:
         tokenizer: "PreTrainedTokenizerBase",
         encoder_seq_length: int,
         num_token_types: int = 0,
+        virtual_tokens: int = 0,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
-        self.limit = encoder_seq_length
+        self.limit = encoder_seq_length - virtual_tokens
+        self.length = length_words(encoder_seq_length, virtual_tokens)
         self.typed = num_token_types > 1
         self._check()
         self.specials = tokenizer.num_special_tokens_to_add(pair=True)
@@ -138,6 +148,15 @@ class SpanEncoder:
                 "as BERT's and RoBERTa's do"
             )
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Raises a `RowError` for a row without the template's fields."""
+        self.template.render(row)
+
+    def metadata(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row holds besides the template's fields and where its answer is."""
+        known = (*self.template.fields, "answer_start")
+        return {key: value for key, value in row.items() if key not in known}
+
     def encode_all(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Encoded | RowDropped]:
         """The windows of each row with the answer's span in them."""
         for row, asked in zip(rows, self._ask(rows), strict=True):
@@ -163,7 +182,7 @@ class SpanEncoder:
             raise RowDropped("answer has no tokens")
         spans = asked.spans(*held)
         if all(span == NOWHERE for span in spans):
-            raise RowDropped(f"no window of encoder_seq_length {self.limit} holds the whole answer")
+            raise RowDropped(f"no window of {self.length} holds the whole answer")
         examples = [
             Example(window.tokens, token_types=window.token_types, span=span)
             for window, span in zip(asked.windows, spans, strict=True)
@@ -180,7 +199,7 @@ class SpanEncoder:
         lengths = self.tokenizer(questions, add_special_tokens=False)["input_ids"] if rows else []
         for number, tokens in enumerate(lengths):
             room = self.limit - self.specials - len(tokens)
-            reason = f"question leaves no room for context in encoder_seq_length {self.limit}"
+            reason = f"question leaves no room for context in {self.length}"
             asked.append(RowDropped(reason))
             if room > 0:
                 # Windows of a few tokens could not share so many.
@@ -225,7 +244,7 @@ def _answer_span(row: Mapping[str, Any], context: str, answer: str) -> Span:
     """
     text = answer.strip()
     if not text:
-        raise RowDropped("empty answer")
+        raise RowUnlabelled("empty answer")
     start = row.get("answer_start")
     if start is None:
         found = re.search(re.escape(text), context) or re.search(

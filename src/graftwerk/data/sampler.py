@@ -1,11 +1,61 @@
 """Which rows each step trains on: shuffled by seed and epoch, sliced over ranks, resumable."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
 MicroBatches = list[list[int]]  # row numbers, one list for each forward pass
+
+
+class Mixture:
+    """Several sources in given shares: the same numbers for the same seed, epoch by epoch.
+
+    An epoch has as many rows as all sources together, of each its share, evenly strewn: of any
+    number of rows on end each source has its share, give or take a few. A source that gives fewer
+    rows than it has goes on with the others in the next epoch; one that gives more begins again,
+    in another order.
+
+    Args:
+        sizes: rows of each source; they are numbered through.
+        weights: shares, relative to each other.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
+        self.sizes = list(sizes)
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        self.counts = largest_remainders(shares, sum(sizes))
+
+    def order(self, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
+        """The row numbers of an epoch."""
+        starts = np.cumsum([0, *self.sizes])
+        parts, places = [], []
+        for source, count in enumerate(self.counts):
+            if count:
+                rows = self._stream(source, epoch * count, count, seed, shuffle)
+                parts.append(starts[source] + rows)
+                places.append((np.arange(count) + 0.5) / count)
+        return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def _stream(self, source: int, start: int, count: int, seed: int, shuffle: bool) -> np.ndarray:
+        """`count` rows of a source from `start` on, of the endless run of passes through it."""
+        size = self.sizes[source]
+        first, skipped = divmod(start, size)
+        passes = range(first, -(-(start + count) // size))
+        if not shuffle:
+            rows = [np.arange(size)] * len(passes)
+        else:
+            rows = [np.random.default_rng((seed, n, source)).permutation(size) for n in passes]
+        return np.concatenate(rows)[skipped : skipped + count]
+
+
+def largest_remainders(shares: np.ndarray, total: int) -> list[int]:
+    """Whole numbers that sum to `total`, each within one of its share of it."""
+    exact = shares * total
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts.tolist()
 
 
 class StepSampler(Sampler[MicroBatches]):
@@ -23,6 +73,7 @@ class StepSampler(Sampler[MicroBatches]):
         rank, world_size: of the data-parallel group.
         shuffle: a new order each epoch; otherwise the order of the files.
         drop_last: leave out an epoch's last step where it has fewer rows.
+        mixture: draws an epoch's rows from several sources; None: each row once.
     """
 
     def __init__(
@@ -35,7 +86,9 @@ class StepSampler(Sampler[MicroBatches]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
+        self.mixture = mixture
         self.rows = rows - rows % step_rows if drop_last else rows
         self.all_rows = rows
         self.step_rows = step_rows
@@ -62,6 +115,8 @@ class StepSampler(Sampler[MicroBatches]):
 
     def order(self, epoch: int) -> np.ndarray:
         """The row numbers of an epoch in the order that they are trained on."""
+        if self.mixture is not None:
+            return self.mixture.order(epoch, self.seed, self.shuffle)
         if not self.shuffle:
             return np.arange(self.all_rows)
         return np.random.default_rng((self.seed, epoch)).permutation(self.all_rows)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwerk.data.encoding import RowDropped, RowEncoder
 from graftwerk.data.jsonl import Row, read_rows
+from graftwerk.data.tasks import task_of
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
 from graftwerk.generation import Continuation, Ending, Sampling, complete
@@ -29,12 +30,17 @@ class Questions:
 
     @classmethod
     def read(
-        cls, files: Sequence[str], encoders: Mapping[str, RowEncoder], room: int
+        cls,
+        files: Sequence[str],
+        encoders: Mapping[str, RowEncoder],
+        room: int,
+        identified: bool = True,
     ) -> "Questions":
         """All rows of some JSONL files whose prompts leave room for an answer.
 
         A prompt is cut, where its template allows it, to leave `room` tokens; one that may not be
-        cut stays whole as long as one token fits behind it.
+        cut stays whole as long as one token fits behind it. Where rows are `identified`, each needs
+        an `id`.
 
         Raises:
             UserError: for a row without an id, a task or a field of its template.
@@ -43,7 +49,7 @@ class Questions:
         for path in files:
             for number, row in read_rows(path):
                 where = f"{path}, line {number}"
-                if "id" not in row:
+                if identified and "id" not in row:
                     raise UserError(f"{where}: no field 'id', which joins answers to questions")
                 encoder = _encoder_of(row, encoders, where)
                 try:
@@ -59,9 +65,7 @@ class Questions:
 
 
 def _encoder_of(row: Row, encoders: Mapping[str, RowEncoder], where: str) -> RowEncoder:
-    name = row.get("taskname")
-    if name is None and len(encoders) == 1:
-        return next(iter(encoders.values()))
+    name = task_of(row, encoders)
     if not isinstance(name, str) or name not in encoders:
         raise UserError(
             f"{where}: taskname {name!r} has no entry in model.task_templates; "

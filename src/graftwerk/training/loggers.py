@@ -37,7 +37,12 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = folder / "metrics.csv"
         self.resumed_at = resumed_at
+        self.columns = list(COLUMNS)
         self._file: IO[str] | None = None
+
+    def add_columns(self, names: list[str]) -> None:
+        """Columns behind the usual ones; to be called before the first row."""
+        self.columns += [name for name in names if name not in self.columns]
 
     @property
     def name(self) -> str:
@@ -59,7 +64,7 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         file = self._file = self._file or self._open()
         row = {"step": step, **metrics}
-        csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+        csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
         file.flush()
 
     def _open(self) -> IO[str]:
@@ -68,7 +73,7 @@ class MetricsCSV(Logger):
             with open(self.path, newline="") as file:
                 kept = [row for row in csv.DictReader(file) if _step(row) <= self.resumed_at]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(kept)
         self.path.parent.mkdir(parents=True, exist_ok=True)

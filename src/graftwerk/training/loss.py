@@ -15,5 +15,9 @@ def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         labels: [N] int64.
         weights: [N] float32.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    return (losses * weights).sum()
+    return label_losses(logits, labels, weights).sum()
+
+
+def label_losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The weighted cross-entropy of each label [N], float32; of the arguments of `answer_loss`."""
+    return F.cross_entropy(logits.float(), labels, reduction="none") * weights

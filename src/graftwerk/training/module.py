@@ -17,7 +17,8 @@ from graftwerk.adapters.slots import Slot
 from graftwerk.data.dataset import Batch
 from graftwerk.errors import UserError
 from graftwerk.training.gradients import GradientBucket
-from graftwerk.training.loss import answer_loss
+from graftwerk.training.loggers import MetricsCSV
+from graftwerk.training.loss import answer_loss, label_losses
 from graftwerk.training.optim import build_optimizer
 from graftwerk.training.schedules import build_schedule
 
@@ -94,6 +95,12 @@ class LearningModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.window = torch.zeros(SUMS, device=self.device)  # sums since the last line of metrics
         self.validation = torch.zeros(SUMS, device=self.device)
+        # Loss and weight of each source of validation rows, where there are several.
+        names = self._val_names()
+        self.by_source = torch.zeros(len(names), 2, device=self.device)
+        for logger in self.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.add_columns([f"val_loss_{name}" for name in names])
         self.paused = 0.0  # seconds of validation within the window
 
     def on_train_start(self) -> None:
@@ -205,23 +212,49 @@ class LearningModule(pl.LightningModule):
     def on_validation_start(self) -> None:
         self.validation_start = time.monotonic()
         self.validation.zero_()
+        self.by_source.zero_()
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         for micro in batch:
-            self._add(self.validation, self._loss(micro), micro)
+            with self._precision():
+                logits = self.model(**micro.inputs())
+            losses = label_losses(logits, micro.labels, micro.weights)
+            self._add(self.validation, losses.sum(), micro)
+            if micro.origins is not None:
+                of_label = torch.stack([losses.detach(), micro.weights], dim=1)
+                self.by_source.index_add_(0, micro.origins, of_label)
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self.validation, reduce_op="sum")
         assert isinstance(total, Tensor)
-        loss = (total[LOSS] / total[WEIGHT]).item() if total[WEIGHT] else float("nan")
+        loss = _mean(total[LOSS], total[WEIGHT])
         self._publish({"val_loss": loss}, prog_bar=True)
+        parts = self._val_losses()
+        self._publish(parts, prog_bar=False)
         if self.trainer.sanity_checking:
             return
-        self._write({"val_loss": loss})
+        self._write({"val_loss": loss, **parts})
         self.validated = (self.global_step, loss)
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(self._watched(loss))
+
+    def _val_names(self) -> list[str]:
+        """The sources of validation rows, where there are several."""
+        data = getattr(self.trainer, "datamodule", None)
+        names: list[str] = list(getattr(data, "val_names", ()))
+        return names if len(names) > 1 else []
+
+    def _val_losses(self) -> dict[str, float]:
+        """`val_loss_<name>` of each of several sources of validation rows."""
+        names = self._val_names()
+        if not names:
+            return {}
+        total = self.trainer.strategy.reduce(self.by_source, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        # A validation that is cut short may not reach a source.
+        seen = [(name, row) for name, row in zip(names, total, strict=True) if row[1]]
+        return {f"val_loss_{name}": _mean(*row) for name, row in seen}
 
     def _watched(self, val_loss: float) -> float:
         metrics = {**self.trainer.callback_metrics, "val_loss": val_loss}
@@ -312,6 +345,10 @@ class LearningModule(pl.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.global_step == self.current_epoch * self.settings.steps_per_epoch:
             data.set_consumed(self.current_epoch * data.samples_after(data.steps_per_epoch))
+
+
+def _mean(loss: Tensor, weight: Tensor) -> float:
+    return (loss / weight).item() if weight else float("nan")
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -66,7 +66,7 @@ def test_a_row_needs_no_taskname_where_there_is_one_task(tmp_path):
         (['{"question": "a"}'], ["line 1", "answer"]),
         (['{"question": "a", "answer": ["b"]}'], ["line 1", "answer", "list"]),
         ([], ["empty"]),
-        (['{"question": "a", "answer": ""}'], ["nothing to train on", "1 empty answer"]),
+        (['{"question": "a", "answer": ""}'], ["line 1", "empty answer", "unlabelled: drop"]),
     ],
 )
 def test_a_wrong_file_is_named_with_line_and_reason(tmp_path, lines, words):

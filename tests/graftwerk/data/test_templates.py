@@ -53,7 +53,7 @@ def test_doubled_braces_are_braces():
         ({"taskname": None}, ["taskname"]),
         ({"truncate_field": "contxt"}, ["truncate_field", "contxt", "context"]),
         ({"truncate_field": "answer"}, ["truncate_field", "never cut"]),
-        ({"total_virtual_tokens": 10}, ["total_virtual_tokens", "0"]),
+        ({"virtual_token_splits": [10]}, ["virtual_token_splits", "0 placeholders"]),
         ({"answer_field": None}, ["answer_field", "answer_only_loss"]),
         ({"truncate_feild": "context"}, ["truncate_feild", "did you mean truncate_field"]),
     ],
