@@ -31,7 +31,8 @@ def read_config(cfg: AdapterConfig) -> nn.Module | dict[str, Any]:
     """
     if isinstance(cfg, nn.Module):
         return cfg
-    config = _plain(cfg, "cfg")
+    dataclass = is_dataclass(cfg) and not isinstance(cfg, type)
+    config = _plain(cfg, "cfg") if dataclass or isinstance(cfg, Mapping | DictConfig) else None
     if not isinstance(config, dict):
         raise ValueError(
             f"cfg is a {type(cfg).__name__}: give a DictConfig, a dataclass such as "
@@ -68,7 +69,7 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"{where} is a {type(value).__name__}, which no configuration can hold: "
+        f"{where} is of type {type(value).__name__}, which no configuration can hold: "
         f"give plain values, or a configuration with a _target_"
     )
 

@@ -17,7 +17,7 @@ from graftwerk.adapters.mixin import (
     unknown,
 )
 from graftwerk.adapters.targets import check_targets
-from graftwerk.nemo.adapter_files import States, read_adapters, write_adapters
+from graftwerk.nemo.mixin_files import States, read_adapters, write_adapters
 from graftwerk.nemo.registry import get_registered_adapter, rename_target
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         try:
             for name in names:
                 entry = OmegaConf.create(OmegaConf.to_container(self.cfg.adapters[name]))
-                self.add_adapter(name=name, cfg=entry)
+                self.add_adapter(name=self._full_name(name), cfg=entry)
         finally:
             del self._restoring_adapters
 
@@ -85,7 +85,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             self.check_valid_model_with_adapter_support_()
             if not self._overrides("add_adapter"):
                 for module in self._homes(module_name):
-                    module.add_adapter(adapter_name, cfg)
+                    module.add_adapter(name, cfg)
         except Exception:
             if before is None:
                 self._forget(adapter_name)
@@ -239,17 +239,14 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             ValueError: for a ready module that does not say its configuration.
         """
         known = self._known("saved")
-        names = known if name is None else [name] if isinstance(name, str) else list(name)
+        names = known.values() if name is None else [name] if isinstance(name, str) else list(name)
         states: States = {}
         config: dict[str, Any] = {}
-        modules = self._recorded_modules()
         for given in names:
             self._check_known(given, known)
             adapter_name = self._without_module(given)
             self.check_describable(adapter_name)
-            module_name = modules.get(adapter_name, "")
-            key = f"{module_name}:{adapter_name}" if module_name else adapter_name
-            states[key] = [
+            states[known[adapter_name]] = [
                 {f"{adapter_name}.{path}": tensor for path, tensor in state.items()}
                 for module in self._holders(adapter_name)
                 for state in [module.adapter_layer[adapter_name].state_dict()]
@@ -360,12 +357,16 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         elif getattr(self, "adapter_cfg", None) is None:
             self.adapter_cfg = OmegaConf.create({})
 
-    def _known(self, what_for: str) -> list[str]:
-        """Names of all adapters that modules hold, in the order of addition."""
+    def _full_name(self, adapter_name: str) -> str:
+        """The name with the module that the adapter was added to."""
+        return full_name(self._recorded_modules().get(adapter_name), adapter_name)
+
+    def _known(self, what_for: str) -> dict[str, str]:
+        """Names, and names with their module, of all adapters that modules hold, in order."""
         cfg = getattr(self, "cfg", None)
         adapters = (cfg.get("adapters") if cfg is not None else None) or {}
         names = [str(name) for name in adapters if name != self.adapter_global_cfg_key]
-        held = [name for name in names if self._holders(name)]
+        held = {name: self._full_name(name) for name in names if self._holders(name)}
         if not held:
             raise AttributeError(f"no adapter was added to this model: none can be {what_for}")
         return held
@@ -373,17 +374,22 @@ class AdapterModelPTMixin(AdapterModuleMixin):
     def _without_module(self, name: str) -> str:
         return self.resolve_adapter_module_name_(name)[1]
 
-    def _check_known(self, name: str, known: list[str]) -> None:
+    def _check_known(self, name: str, known: dict[str, str]) -> None:
         if self._without_module(name) not in known or not self._fits(name):
-            modules = self._recorded_modules()
-            full = [f"{modules[key]}:{key}" if modules.get(key) else key for key in known]
-            raise KeyError(unknown(name, full))
+            raise KeyError(unknown(name, known.values()))
 
     def _fits(self, name: str) -> bool:
         """Whether the module in a name, if any, is the one that the adapter was added to."""
         module_name, adapter_name = self.resolve_adapter_module_name_(name)
         recorded = self._recorded_modules().get(adapter_name) or ""
         return "" in (module_name, recorded) or module_name == recorded
+
+
+def full_name(module_name: str | None, adapter_name: str) -> str:
+    """`encoder:a`; the plain name where there is no module, if that can be told."""
+    if module_name or ":" in adapter_name:
+        return f"{module_name or ''}:{adapter_name}"
+    return adapter_name
 
 
 def _outermost(modules: nn.Module | list[nn.Module]) -> Iterator[AdapterModuleMixin]:
@@ -404,9 +410,10 @@ def _in_file(
     path: str | Path, name: str, states: States, config: dict[str, Any], modules: dict[str, Any]
 ) -> tuple[str, str]:
     """(key of the weights, adapter name) of a name that was asked for."""
-    adapter_name = name.partition(":")[2] if ":" in name else name
-    module_name = name.partition(":")[0] if ":" in name else modules.get(name) or ""
-    key = f"{module_name}:{adapter_name}" if module_name else adapter_name
+    module_name, colon, adapter_name = name.partition(":")
+    if not colon:
+        module_name, adapter_name = modules.get(name), name
+    key = full_name(module_name, adapter_name)
     if key not in states or not isinstance(config.get(adapter_name), dict):
         raise KeyError(f"{path}: {unknown(name, states)}")
     return key, adapter_name
