@@ -43,6 +43,7 @@ def encoders_from_config(
         shape: the model's: its architecture says how rows are encoded (None: as for a GPT).
         key: which of the files of `model.data` are read, with the settings of their own.
         virtual_tokens: that the active adapters put before each row. None: as the templates say.
+            In learning both must agree; of what is evaluated, the most count.
 
     Raises:
         UserError: for templates that do not fit, a length that the model has no positions for, a
@@ -52,7 +53,7 @@ def encoders_from_config(
     _check_settings(settings, OmegaConf.select(model_cfg, "task_templates"))
     if shape is not None:
         check_tokenizer(tokenizer, shape.vocab_size)
-    make = _Factory(model_cfg, tokenizer, shape, settings, virtual_tokens)
+    make = _Factory(model_cfg, tokenizer, shape, settings, virtual_tokens, key != "test_ds")
     if settings.get("chat"):
         return {ANY_TASK: make.chat()}
     if settings.get("prompt_template") is not None:
@@ -129,9 +130,10 @@ class _Factory:
         shape: TransformerConfig | None,
         settings: Mapping[str, Any],
         virtual_tokens: int | None,
+        learns: bool,
     ) -> None:
         self.tokenizer, self.shape, self.settings = tokenizer, shape, settings
-        self.virtual_tokens = virtual_tokens
+        self.virtual_tokens, self.learns = virtual_tokens, learns
         self.limit = longest_row(model_cfg, shape, settings.get("max_seq_length"))
         self.add_bos = bool(settings.get("add_bos"))
         self.add_eos = settings.get("add_eos") is not False
@@ -168,7 +170,7 @@ class _Factory:
             )
         names = ("tokens_to_generate", "over_long", "truncation_method", "answer_only_loss")
         more: dict[str, Any] = {k: self.settings[k] for k in names if k in self.settings}
-        virtual = self.virtual_tokens or 0
+        virtual = self._room(self.virtual_tokens or 0)
         return ChatEncoder(self.tokenizer, self.limit, virtual_tokens=virtual, **more)
 
     @property
@@ -179,18 +181,23 @@ class _Factory:
         """The virtual tokens before a row: the adapters', which the template's must equal."""
         said = template.total_virtual_tokens
         given = said if self.virtual_tokens is None else self.virtual_tokens
-        if said and said != given:
+        if not self.learns:
+            given = max(said, given)
+        elif said and said != given:
             raise UserError(
                 f"{template.key('total_virtual_tokens')}={said}, but the run's adapters put "
                 f"{given} virtual tokens before each row: give both the same number, or set it to "
                 f"0 and leave placeholders and virtual_token_splits out"
             )
-        if given >= self.limit - 1:
+        return self._room(given)
+
+    def _room(self, virtual: int) -> int:
+        if virtual >= self.limit - 1:
             raise UserError(
-                f"model.encoder_seq_length={self.limit} has no room for a row behind {given} "
-                f"virtual tokens: raise it"
+                f"model.encoder_seq_length={self.limit} has no room for a row behind {virtual} "
+                f"virtual tokens: raise it, or use fewer"
             )
-        return given
+        return virtual
 
     def _refuse_for_spans(self, template: TaskTemplate) -> None:
         if isinstance(template, SFTTemplate):

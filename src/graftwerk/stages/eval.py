@@ -200,18 +200,15 @@ def read_questions(
     """
     positions, length = base.config.max_position_embeddings, model_cfg.encoder_seq_length
     bounded = OmegaConf.merge(model_cfg)
-    if positions and virtual >= positions - 1:
-        raise UserError(
-            f"model.adapters: {virtual} virtual tokens leave no room in the {positions} positions "
-            f"of {base.path}"
-        )
-    if positions and (length or virtual):
+    if positions and length:
         with open_dict(bounded):
-            bounded.encoder_seq_length = min(length or positions, positions - virtual)
+            bounded.encoder_seq_length = min(length, positions)
     assert isinstance(bounded, DictConfig)
     questions = Questions.read(
         data_files(model_cfg, "test_ds"),
-        encoders_from_config(bounded, tokenizer, base.config),
+        encoders_from_config(
+            bounded, tokenizer, base.config, key="test_ds", virtual_tokens=virtual
+        ),
         model_cfg.inference.tokens_to_generate,
     )
     if not questions.rows:

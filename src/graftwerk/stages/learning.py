@@ -29,10 +29,10 @@ from graftwerk.training.callbacks import Interrupted
 from graftwerk.training.learner import (
     Learner,
     build_learner,
-    leave_room,
     open_base,
     start_of,
     tokenizer_of,
+    virtual_tokens_of,
 )
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
@@ -77,7 +77,8 @@ def run(stage: str, cfg: DictConfig) -> int:
         world_size=world.size,
         seed=cfg.model.seed,
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
-        shape=leave_room(cfg.model, None if base is None else base.config, methods),
+        shape=None if base is None else base.config,
+        virtual_tokens=virtual_tokens_of(methods),
     )
     for name, report in data.report.items():
         say(f"{name}: {report}", flush=True)

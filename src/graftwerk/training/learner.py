@@ -1,7 +1,7 @@
 """What a learning stage trains: the model, on its device, with the trained parts unfrozen."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from graftwerk.checkpoints.adapter import read_adapters
 from graftwerk.checkpoints.base_path import adapter_of, base_of
 from graftwerk.data.datamodule import data_files, encoders_from_config, longest_row
 from graftwerk.data.jsonl import read_rows
-from graftwerk.data.templates import TaskTemplate
+from graftwerk.data.tasks import template_words
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig
@@ -69,8 +69,7 @@ def tokenizer_of(model: DictConfig, base: Base | None) -> "PreTrainedTokenizerBa
 
 def _texts(model: DictConfig) -> Iterator[str]:
     """All that a model may have to read: the templates' own words and the rows' fields."""
-    for entry in model.task_templates:
-        yield from (literal for literal, _ in TaskTemplate.from_config(entry).pieces)
+    yield from template_words(model)
     encoders_from_config(model, _NoTokens())  # type: ignore[arg-type]  (checks the tasks' names)
     for key in ("train_ds", "validation_ds"):
         for path in data_files(model, key):
@@ -139,28 +138,9 @@ def start_of(model: DictConfig) -> str | None:
     return ours or (str(theirs) if theirs else None)
 
 
-def leave_room(
-    model_cfg: DictConfig, shape: TransformerConfig | None, methods: list[tuple[str, MethodConfig]]
-) -> TransformerConfig | None:
-    """The shape whose positions are those that virtual tokens leave to a row.
-
-    Raises:
-        UserError: where they leave too few for `model.encoder_seq_length`.
-    """
-    virtual = {name: getattr(method, "virtual_tokens", 0) for name, method in methods}
-    count = sum(virtual.values())
-    if shape is None or not count or not shape.max_position_embeddings:
-        return shape
-    left = shape.max_position_embeddings - count
-    said = " + ".join(f"{number} of {name}" for name, number in virtual.items() if number)
-    wanted = model_cfg.get("encoder_seq_length")
-    if left < 2 or (shape.position_embedding_type == "learned_absolute" and (wanted or 0) > left):
-        raise UserError(
-            f"model.encoder_seq_length={wanted} and the virtual tokens before each row ({said}) "
-            f"are more than the {shape.max_position_embeddings} positions that the model has: "
-            f"{f'lower the length to {left}' if left >= 2 else 'use fewer virtual tokens'}"
-        )
-    return replace(shape, max_position_embeddings=left)
+def virtual_tokens_of(methods: list[tuple[str, MethodConfig]]) -> int:
+    """How many virtual tokens a run's methods put before each row."""
+    return sum(getattr(method, "virtual_tokens", 0) for _, method in methods)
 
 
 def _first_weights(
