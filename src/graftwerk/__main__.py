@@ -3,6 +3,7 @@
     python3 -m graftwerk STAGE CONFIG.yaml
     python3 -m graftwerk score PREDICTIONS GROUND_TRUTH
     python3 -m graftwerk generate --model MODEL [--adapter ADAPTER] --prompt TEXT
+    python3 -m graftwerk merge --model MODEL --adapter ADAPTER --output PATH --format FORMAT
     python3 -m graftwerk inspect CHECKPOINT_OR_ADAPTER [--json]
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 checkpointed and to be requeued.
@@ -28,6 +29,7 @@ STAGES = {
 COMMANDS = {
     "score": "graftwerk.evaluation.score",
     "generate": "graftwerk.generation.command",
+    "merge": "graftwerk.checkpoints.merge",
     "inspect": "graftwerk.checkpoints.inspect",
 }
 FAILED, WRONG_INPUT = 1, 2

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from graftwerk.checkpoints.layout import Entry, Table
+from graftwerk.checkpoints.quantize import quantize as quantize_projections
+from graftwerk.checkpoints.quantize import quantizer
 from graftwerk.checkpoints.settings import read_settings
 from graftwerk.checkpoints.tensors import SafeTensors, TensorSource, fill, put, weight_files
 from graftwerk.errors import UserError
@@ -137,6 +139,7 @@ def load_base(
     revision: str | None = None,
     mesh: DeviceMesh | None = None,
     seed: int = 0,
+    quantize: str | None = None,
 ) -> GPT | T5 | BERT:
     """Reads a base model; the result is in eval mode.
 
@@ -148,10 +151,20 @@ def load_base(
         path: a folder, a `.nemo` file or a Hub name, at `revision`.
         head: for a BERT: one of `models.config.HEADS`. Where the file's head is another one, the
             model gets a fresh one with `num_labels`, random by `seed`.
+        quantize: `nf4` holds the projections in 4 bits, by `bitsandbytes`; the rest is `dtype`.
 
     Raises:
-        UserError: where the checkpoint is missing, of an unknown architecture, or does not fit.
+        UserError: where the checkpoint is missing, of an unknown architecture, or does not fit, and
+            where it cannot be quantised here.
     """
+    if quantize is not None:
+        quantizer(quantize)
+        if mesh is not None:
+            raise UserError(
+                f"quantize={quantize}: 4-bit weights are not split over devices: set "
+                f"model.tensor_model_parallel_size to 1"
+            )
+    place = device if quantize is None else "cpu"
     with open_checkpoint(path, revision) as checkpoint:
         config = checkpoint.config
         if head is not None:
@@ -174,11 +187,13 @@ def load_base(
             checkpoint.source,
             checkpoint.path,
             dtype,
-            device,
+            place,
             lambda name: name in others or checkpoint.ignored(name),
             None if mesh is None else mesh.get_group(),
         )
-        _fill_fresh(model, own - table.keys(), dtype, device, seed)
+        _fill_fresh(model, own - table.keys(), dtype, place, seed)
+        if quantize is not None:
+            quantize_projections(model, quantize, device, dtype)
     return model.eval()
 
 

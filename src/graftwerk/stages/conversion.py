@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +20,16 @@ from graftwerk.checkpoints.base import (
     load_tokenizer,
     open_checkpoint,
     replace_path,
-    write_own,
 )
 from graftwerk.checkpoints.inspect import Report, faults, inspect, shapes_of, show
 from graftwerk.checkpoints.shards import check_space
 from graftwerk.checkpoints.tensors import read_parameter, refuse
+from graftwerk.checkpoints.write import DTYPES, FORMATS, write_checkpoint
 from graftwerk.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TARGETS = ("nemo", "huggingface", "graftwerk")
 KEY = "model.checkpoint_folder"
 # What a folder must hold to be replaced: a checkpoint of some format.
 CONFIGS = ("config.json", "model_config.yaml")
@@ -75,7 +72,7 @@ def run(cfg: DictConfig) -> int:
 
 def check(model: DictConfig) -> None:
     """Raises a UserError for what the configuration alone shows to be wrong."""
-    for key, allowed in (("target", TARGETS), ("dtype", tuple(DTYPES))):
+    for key, allowed in (("target", FORMATS), ("dtype", tuple(DTYPES))):
         if model.get(key) not in allowed:
             raise UserError(f"model.{key}={model.get(key)!r}: use one of {', '.join(allowed)}")
     target = Path(model.output_path)
@@ -159,24 +156,17 @@ def write(
             advance()
         return read_parameter(source.table[name], source.source)
 
-    dtype, config = DTYPES[model.dtype], source.config
-    if model.target == "graftwerk":
-        write_own(config, read, path, tokenizer, dtype)
-    elif model.target == "huggingface":
-        from graftwerk.checkpoints import huggingface
-
-        wanted = model.get("architecture") or "auto"
-        kind = None if wanted == "auto" else wanted
-        huggingface.write_folder(config, read, path, tokenizer, kind, dtype)
-    else:
-        from graftwerk.checkpoints import nemo
-
-        with tempfile.TemporaryDirectory(prefix="graftwerk-") as folder:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            place = Path(folder) if tokenizer is not None else None
-            mcore = bool(model.get("mcore_gpt", True)) and config.architecture == "gpt"
-            nemo.write_nemo(config, read, path, place, mcore, dtype)
+    wanted = model.get("architecture") or "auto"
+    write_checkpoint(
+        source.config,
+        read,
+        path,
+        model.target,
+        tokenizer,
+        DTYPES[model.dtype],
+        None if wanted == "auto" else wanted,
+        bool(model.get("mcore_gpt", True)),
+    )
 
 
 def verified(path: Path, source: Checkpoint) -> Report:

@@ -203,7 +203,7 @@ class DoRA(LoRA):
 
     def attach(self, sublayer: nn.Module) -> None:
         self._sublayer = (sublayer,)
-        if not self._own("weight").is_floating_point():
+        if not self._linear().weight.is_floating_point():
             raise UserError(
                 f"{KEY}dora=True reads the base's weights, which are quantised: use dora=False, or "
                 f"a base in full precision"
