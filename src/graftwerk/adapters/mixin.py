@@ -5,7 +5,7 @@ The mixin has no constructor and no state of its own: `adapter_layer`, `adapter_
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -308,6 +308,33 @@ class AdapterModuleMixin:
         for key in (self.adapter_global_cfg_key, self.adapter_metadata_cfg_key, "modules", name):
             found = None if found is None else found.get(key)
         return found or "", name
+
+
+class AdapterSlotMixin(AdapterModuleMixin):
+    """The mixin of a slot: a model decides what is in it and what of that is active.
+
+    `active` is what the model's composition comes to here, None for nothing; `active_names` are the
+    adapters that the composition names, from left to right. The model sets both.
+    """
+
+    active: Callable[[Any], Any] | None
+    active_names: tuple[str, ...] = ()
+
+    def add_adapter(self, name: str, cfg: AdapterConfig, **kwargs: Any) -> None:
+        """Raises a ValueError: an adapter has parts in many slots, so the model adds it."""
+        raise ValueError(f"a slot holds one part of an adapter: add {name!r} to the model")
+
+    def set_enabled_adapters(self, name: str | None = None, enabled: bool = True) -> None:
+        """Raises a ValueError: what is active is one expression, held at the model."""
+        raise ValueError("what is active in a slot is said at the model: model.set_active(...)")
+
+    def get_enabled_adapters(self) -> list[str]:
+        """Names of the adapters that are active and have a part here."""
+        return [name for name in self.active_names if name in self.adapter_layer]
+
+    def forward_enabled_adapters(self, input: Any) -> Any:
+        """What the active composition makes of a `SlotCall`: the slot's new output."""
+        return input.output if self.active is None else self.active(input)
 
 
 def check_name(name: str, reserved: str) -> None:

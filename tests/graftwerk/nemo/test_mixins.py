@@ -7,6 +7,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from graftwerk.adapters.mixin import AdapterSlotMixin
+from graftwerk.adapters.slots import SlotCall
 from graftwerk.nemo import AdapterModuleMixin, LinearAdapter, LinearAdapterConfig, allow_target
 from graftwerk.nemo.adapter_mixin_strategies import AbstractAdapterStrategy
 from tests.graftwerk.nemo.modules import DIM, Adapted, disturb, linear, rows
@@ -413,20 +415,48 @@ def test_with_all_disabled_the_outputs_are_the_bases_even_after_training(module,
     assert torch.equal(module(x), base)
 
 
-def test_the_mixin_costs_a_module_without_adapters_nothing():
-    class Slot(AdapterModuleMixin, nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.adapter_layer = nn.ModuleDict()
+class Place(AdapterSlotMixin, nn.Module):
+    """What an engine's slot is."""
 
-        def forward(self, x):
-            return x
+    def __init__(self):
+        super().__init__()
+        self.adapter_layer = nn.ModuleDict()
+        self.active = None
 
-    slot, x = Slot(), rows()
+    def forward(self, x):
+        return x if self.active is None else self.active(SlotCall(x))
+
+
+def test_the_mixin_costs_a_slot_without_adapters_nothing():
+    slot, x = Place(), rows()
     assert slot(x) is x
     assert not slot.is_adapter_available()
-    assert set(vars(slot)) == set(vars(nn.Module()))
-    assert type(AdapterModuleMixin) is type  # isinstance stays the quick one
+    assert set(vars(slot)) == {*vars(nn.Module()), "active"}
+    assert type(AdapterSlotMixin) is type  # isinstance stays the quick one
+
+
+def test_a_slot_answers_for_what_the_model_put_there():
+    slot = Place()
+    slot.adapter_layer["a"] = nn.Linear(DIM, DIM)
+    assert isinstance(slot, AdapterModuleMixin)
+    assert slot.is_adapter_available()
+    assert slot.get_adapter_module("encoder:a") is slot.adapter_layer["a"]
+    assert slot.get_enabled_adapters() == []
+    x = rows()
+    assert slot.forward_enabled_adapters(SlotCall(x)) is x
+    slot.active, slot.active_names = lambda call: 2 * call.output, ("b", "a")
+    assert slot.get_enabled_adapters() == ["a"]
+    assert torch.equal(slot.forward_enabled_adapters(SlotCall(x)), 2 * x)
+    slot.requires_grad_(False)
+    slot.unfreeze_enabled_adapters()
+    assert slot.adapter_layer["a"].weight.requires_grad
+
+
+def test_a_slot_is_changed_at_the_model():
+    with pytest.raises(ValueError, match="add 'a' to the model"):
+        Place().add_adapter("a", linear())
+    with pytest.raises(ValueError, match="at the model"):
+        Place().set_enabled_adapters("a")
 
 
 def test_the_core_imports_nothing_of_the_face():

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from graftwerk.nemo import AdapterModelPTMixin, AdapterModuleMixin, LinearAdapter, ModelPT
+from graftwerk.nemo import AdapterModelPTMixin, LinearAdapter, ModelPT
 from tests.graftwerk.nemo.modules import DIM, Adapted, Bare, HandsOn, Plain, disturb, linear, rows
 
 # Each behaviour holds whether the mixin hands calls on to the modules, or the model does.
@@ -319,15 +319,6 @@ def test_a_ready_module_is_remembered_by_its_own_description():
     assert model.encoder.adapter_layer["a"] is adapter
     again = Bare(model.cfg)
     assert again.get_adapter_module("a").as_config() == adapter.as_config()
-
-
-def test_slots_of_an_engine_can_hold_the_mixin_below_a_model():
-    class Slot(AdapterModuleMixin, nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.adapter_layer = nn.ModuleDict({"a": nn.Linear(2, 2)})
-
-    assert Slot().get_adapter_module("encoder:a").in_features == 2
 
 
 def test_disturbed_adapters_change_the_output():
