@@ -124,5 +124,6 @@ def _made(value: Any) -> Any:
     try:
         inspect.signature(cls).bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"{value['_target_']}{inspect.signature(cls)}: {error}") from None
+        takes = ", ".join(inspect.signature(cls).parameters)
+        raise ValueError(f"{value['_target_']}: {error}; it takes {takes}") from None
     return cls(**arguments)

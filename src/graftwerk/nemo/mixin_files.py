@@ -6,7 +6,9 @@ ever unpickled.
 """
 
 import os
+import re
 import warnings
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, nodes
 from omegaconf.base import ContainerMetadata, Metadata
 from torch import Tensor
 
+from graftwerk.adapters.strategies import (
+    ResidualAddAdapterStrategyConfig,
+    ReturnResultAdapterStrategyConfig,
+)
 from graftwerk.errors import UserError
+from graftwerk.nemo.adapter_modules import LinearAdapterConfig
 
 CONFIG = "__cfg__"
-_OMEGACONF: list[Any] = [
+_ALLOWED: list[Any] = [
     DictConfig,
     ListConfig,
     ContainerMetadata,
@@ -38,6 +45,18 @@ _OMEGACONF: list[Any] = [
     str,
     bool,
 ]
+
+# Types of settings that were given as dataclasses, under our path and NeMo's.
+_THEIRS = {
+    "graftwerk.nemo.adapter_modules": "nemo.collections.common.parts.adapter_modules",
+    "graftwerk.adapters.strategies": "nemo.core.classes.mixins.adapter_mixin_strategies",
+}
+for _cls in (
+    LinearAdapterConfig,
+    ResidualAddAdapterStrategyConfig,
+    ReturnResultAdapterStrategyConfig,
+):
+    _ALLOWED += [_cls, (_cls, f"{_THEIRS[_cls.__module__]}.{_cls.__name__}")]
 
 States = dict[str, list[dict[str, Tensor]]]  # of each adapter, that of each module that holds it
 
@@ -69,8 +88,10 @@ def read_adapters(path: str | Path, map_location: Any = None) -> tuple[States, d
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no adapter file at {path}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no file of save_adapters: torch.save writes a zip")
     try:
-        with torch.serialization.safe_globals(_OMEGACONF), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and codecs raise their own kinds
@@ -119,7 +140,8 @@ def _check_literal(path: Path, value: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The part of torch's long message that says what was refused."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    return (telling or lines or [type(error).__name__])[0][:200]
+    """What was refused, out of torch's long message."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it holds a {refused[1]}, which is neither a tensor nor a setting"
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

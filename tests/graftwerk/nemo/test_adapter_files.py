@@ -2,13 +2,15 @@
 
 import os
 import pickle
+import sys
+import types
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from graftwerk.errors import UserError
-from graftwerk.nemo import LinearAdapter
+from graftwerk.nemo import LinearAdapter, LinearAdapterConfig
 from tests.graftwerk.nemo.modules import DIM, Adapted, Bare, HandsOn, disturb, linear, rows
 
 KINDS = pytest.mark.parametrize("kind", [Bare, HandsOn])
@@ -206,6 +208,26 @@ def test_a_file_of_nemo_with_its_pickled_configuration_is_read(path):
     fresh = build()
     fresh.load_adapters(path)
     assert isinstance(fresh.get_adapter_module("a"), LinearAdapter)
+    assert torch.equal(fresh(rows()), model(rows()))
+
+
+def test_a_file_of_nemo_whose_settings_were_a_dataclass_is_read(path, monkeypatch):
+    model = build(Bare, "a")
+    model.save_adapters(path)
+    content = torch.load(path, weights_only=True)
+    cfg = OmegaConf.create({"a": OmegaConf.structured(LinearAdapterConfig(DIM, 4))})
+    theirs = "nemo.collections.common.parts.adapter_modules"
+    stand_in = types.ModuleType(theirs)
+    stand_in.LinearAdapterConfig = LinearAdapterConfig
+    for part in ("nemo", "nemo.collections", "nemo.collections.common", theirs.rpartition(".")[0]):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, theirs, stand_in)
+    monkeypatch.setattr(LinearAdapterConfig, "__module__", theirs)
+    torch.save({**content, "__cfg__": cfg}, path)
+    monkeypatch.undo()
+    assert theirs.encode() in path.read_bytes()
+    fresh = build()
+    fresh.load_adapters(path)
     assert torch.equal(fresh(rows()), model(rows()))
 
 
