@@ -8,6 +8,7 @@ carry them out, and they never reach it.
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -254,7 +255,7 @@ def build_trainer(
     callbacks: list[Callback],
     loggers: list[Logger],
     folder: Path,
-    kind: type[pl.Trainer] = pl.Trainer,
+    kind: Callable[..., pl.Trainer] = pl.Trainer,
 ) -> pl.Trainer:
     """A Trainer that runs optimizer steps and validations, and is quiet about itself."""
     quieten()
