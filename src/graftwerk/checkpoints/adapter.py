@@ -27,11 +27,10 @@ from graftwerk.checkpoints.adapter_form import (
     joined,
     method_of,
 )
-from graftwerk.checkpoints.adapter_nemo import (
-    read_nemo_adapters,
-    write_nemo_adapters,
-)
+from graftwerk.checkpoints.adapter_nemo import read_nemo_adapters
+from graftwerk.checkpoints.adapter_nemo_writer import write_nemo_adapters
 from graftwerk.checkpoints.base import replace_path
+from graftwerk.checkpoints.nemo import CONFIG as NEMO_CONFIG
 from graftwerk.checkpoints.settings import read_settings
 from graftwerk.errors import UserError
 
@@ -238,7 +237,7 @@ def read_adapters(path: str | Path) -> AdapterFile:
     if not path.exists():
         raise UserError(f"no adapter at {path}")
     try:
-        if not path.is_dir():
+        if not path.is_dir() or (path / NEMO_CONFIG).is_file():
             return read_nemo_adapters(path)
         return apart(path, read_settings(path / CONFIG), load_file(path / WEIGHTS))
     except (OSError, SafetensorError) as error:

@@ -42,55 +42,63 @@ def joined(
     saved: Sequence[SavedAdapter], extra: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and weights of adapters as one file of our form holds them."""
-    settings = [
-        {
-            "name": adapter.name,
-            **adapter.config,
-            "trainable_parameters": sum(tensor.numel() for tensor in adapter.state.values()),
-        }
-        for adapter in saved
-    ]
+    settings = [settings_of(adapter) for adapter in saved]
     if len(saved) == 1:
         return {"format": FORMAT, **settings[0], **extra}, saved[0].state
     state = {f"{a.name}.{key}": value for a in saved for key, value in a.state.items()}
     return {"format": FORMAT, "adapters": settings, **extra}, state
 
 
-def apart(path: Path, settings: Mapping[str, Any], state: Any) -> AdapterFile:
-    """The adapters of a file of our form; the other way round of `joined`."""
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: its weights must be tensors by name")
+def settings_of(adapter: SavedAdapter) -> dict[str, Any]:
+    """Its name, method and settings, and the number of its parameters."""
+    count = sum(tensor.numel() for tensor in adapter.state.values())
+    return {"name": adapter.name, **adapter.config, "trainable_parameters": count}
+
+
+def apart(path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]) -> AdapterFile:
+    """The adapters of a file of our form; the other way round of `joined`.
+
+    Raises:
+        UserError: where settings or weights are not of this form.
+    """
+    told, extra = listed(path, settings)
     if "adapters" not in settings:
-        if "name" not in settings:
-            raise UserError(f"{path}: its settings name no adapter")
-        return AdapterFile(*_split(path, settings, state))
-    listed = settings["adapters"]
-    alike = isinstance(listed, list) and all(
-        isinstance(each, dict) and isinstance(each.get("name"), str) for each in listed
-    )
-    if not alike or not listed:
-        raise UserError(f"{path}: adapters must be a list of settings, each with a name")
-    shares: dict[str, dict[str, Tensor]] = {each["name"]: {} for each in listed}
-    if len(shares) < len(listed):
-        raise UserError(f"{path}: two adapters have one name")
+        ((name, config),) = told
+        return AdapterFile([SavedAdapter(name, config, state)], extra)
+    shares: dict[str, dict[str, Tensor]] = {name: {} for name, _ in told}
     for key, tensor in state.items():
-        name, _, rest = str(key).partition(".")
+        name, _, rest = key.partition(".")
         if name not in shares:
             raise UserError(f"{path}: no adapter in it is called {name!r}, as in {key}")
         shares[name][rest] = tensor
-    saved = [_split(path, each, shares[each["name"]])[0][0] for each in listed]
-    return AdapterFile(saved, {key: value for key, value in settings.items() if key != "adapters"})
+    return AdapterFile([SavedAdapter(n, config, shares[n]) for n, config in told], extra)
 
 
-def _split(
-    path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]
-) -> tuple[list[SavedAdapter], dict[str, Any]]:
-    """One adapter, and the settings that are not its own."""
-    own = {each.name for each in fields(method_class(settings, path))}
-    known = {"method", "head", *own}
-    config = {key: value for key, value in settings.items() if key in known}
-    extra = {key: value for key, value in settings.items() if key not in {*known, "name"}}
-    return [SavedAdapter(str(settings["name"]), config, state)], extra
+def listed(
+    path: Path, settings: Mapping[str, Any]
+) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """(name, method and settings) of each adapter in a file's settings, and what is beside them.
+
+    Raises:
+        UserError: where a name or a method is missing or not known.
+    """
+    each = settings.get("adapters", [settings])
+    alike = isinstance(each, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) for one in each
+    )
+    if not alike or not each:
+        raise UserError(f"{path}: its settings name no adapter")
+    told = [(str(one["name"]), _own(path, one)) for one in each]
+    if len(dict(told)) < len(told):
+        raise UserError(f"{path}: two adapters have one name")
+    known = set(told[0][1]) if each[0] is settings else set()
+    beside = {"name", "adapters", "format", "trainable_parameters", *known}
+    return told, {key: value for key, value in settings.items() if key not in beside}
+
+
+def _own(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    own = {"method", "head", *(each.name for each in fields(method_class(settings, path)))}
+    return {key: value for key, value in settings.items() if key in own}
 
 
 def method_class(config: Mapping[str, Any], path: str | Path) -> type[MethodConfig]:
@@ -104,20 +112,24 @@ def method_class(config: Mapping[str, Any], path: str | Path) -> type[MethodConf
 def method_of(config: Mapping[str, Any], path: str | Path) -> MethodConfig:
     """The method that a file's settings describe; what they leave out has its default."""
     method = method_class(config, path)
-    settings = {}
-    for known in fields(method):
-        key, default = known.name, known.default
-        if default is MISSING and known.default_factory is not MISSING:
-            default = known.default_factory()
-        value = config.get(key, default)
-        value = tuple(value) if isinstance(value, list) else value
-        if not _alike(value, default):
-            raise UserError(f"{path}: {key}={config.get(key)!r} is no value that can be used")
-        settings[key] = value
+    check_kinds(method, config, str(path))
+    given = {each.name: config[each.name] for each in fields(method) if each.name in config}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     try:
-        return method(**settings)
+        return method(**values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def check_kinds(method: type[MethodConfig], config: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError for a value that is of another kind than its field's default."""
+    for each in fields(method):
+        if each.name in config:
+            value, default = config[each.name], each.default
+            if default is MISSING and each.default_factory is not MISSING:
+                default = each.default_factory()
+            if not _alike(tuple(value) if isinstance(value, list) else value, default):
+                raise UserError(f"{where}: {each.name}={value!r} is no value that can be used")
 
 
 def _alike(value: Any, default: Any) -> bool:
@@ -127,8 +139,6 @@ def _alike(value: Any, default: Any) -> bool:
         return value is None or isinstance(value, str | int | float) or layers
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-    if isinstance(default, int) and not isinstance(default, bool):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, float):
+    if isinstance(default, int | float) and not isinstance(default, bool):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, type(default))

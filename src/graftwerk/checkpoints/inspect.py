@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from graftwerk.checkpoints import archive
 from graftwerk.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from graftwerk.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from graftwerk.checkpoints.adapter_nemo import NEMO_CONFIG, NEMO_WEIGHTS
+from graftwerk.checkpoints.adapter_form import FORMAT, listed
+from graftwerk.checkpoints.adapter_nemo import is_own_form, peft_section
 from graftwerk.checkpoints.base import (
     Checkpoint,
     find_checkpoint,
@@ -22,9 +22,10 @@ from graftwerk.checkpoints.base import (
     open_checkpoint,
 )
 from graftwerk.checkpoints.layout import Entry
-from graftwerk.checkpoints.settings import SETTINGS_LIMIT, parse_settings
+from graftwerk.checkpoints.nemo import CONFIG as NEMO_CONFIG
+from graftwerk.checkpoints.nemo import config_of, open_container, weights_of
+from graftwerk.checkpoints.settings import read_settings
 from graftwerk.checkpoints.tensors import SafeTensors, TensorSource
-from graftwerk.checkpoints.torch_files import TorchSource
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig, build_model
 
@@ -157,41 +158,27 @@ def _tokenizer(checkpoint: Checkpoint) -> str | None:
 
 def _adapter_settings(path: Path) -> dict[str, Any] | None:
     """The settings of an adapter file or folder; None where it is no adapter."""
-    if path.is_dir():
-        if not (path / ADAPTER_CONFIG).is_file():
-            return None
-        with archive.open_files([path / ADAPTER_CONFIG]) as files:
-            content = files.read(ADAPTER_CONFIG, SETTINGS_LIMIT)
-    elif path.is_file():
-        with archive.open_tar(path) as files:
-            if Path(NEMO_CONFIG).name not in files.members:
-                return None
-            content = files.read(Path(NEMO_CONFIG).name, SETTINGS_LIMIT)
-    else:
+    if (path / ADAPTER_CONFIG).is_file():
+        return read_settings(path / ADAPTER_CONFIG)
+    if not path.is_file() and not (path / NEMO_CONFIG).is_file():
         return None
-    settings = parse_settings(content, f"{path}: its settings")
-    return settings if path.is_dir() or "method" in settings or _scheme(settings) else None
-
-
-def _scheme(settings: dict[str, Any]) -> str | None:
-    """The method of an adapter that NeMo wrote."""
-    peft = settings.get("peft")
-    scheme = peft.get("peft_scheme") if isinstance(peft, dict) else None
-    return scheme if isinstance(scheme, str) and scheme != "none" else None
+    with open_container(path) as files:
+        settings = config_of(files)
+    return settings if is_own_form(settings) or peft_section(settings) else None
 
 
 def _adapter(path: Path, settings: dict[str, Any]) -> Report:
-    if path.is_dir():
+    folder = (path / ADAPTER_CONFIG).is_file()
+    if folder:
         files = [path / ADAPTER_WEIGHTS]
         source: TensorSource = SafeTensors(files)
     else:
-        files = [path]
-        source = TorchSource(archive.open_tar(path), [Path(NEMO_WEIGHTS).name])
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        source = weights_of(open_container(path))
     with source:
         counts = _dtypes(source, source.names)
-    ours = "method" in settings
-    told = settings if ours else settings["peft"]
-    left_out = ("format", "name", "method", "base", "trainable_parameters", "peft_scheme")
+    ours = folder or is_own_form(settings)
+    method, told, base = _told(path, settings, ours)
     return Report(
         kind="adapter",
         path=str(path),
@@ -200,9 +187,32 @@ def _adapter(path: Path, settings: dict[str, Any]) -> Report:
         dtypes=counts,
         file_bytes=sum(file.stat().st_size for file in files),
         shards=len(files),
-        method=str(settings["method"] if ours else _scheme(settings)),
-        settings={key: value for key, value in told.items() if key not in left_out},
-        base=_text(settings.get("base") if ours else settings.get("restore_from_path")),
+        method=method,
+        settings=told,
+        base=base,
+    )
+
+
+def _told(
+    path: Path, settings: dict[str, Any], ours: bool
+) -> tuple[str, dict[str, Any], str | None]:
+    """The methods, their settings and the base; of several adapters the settings by name."""
+    section = settings if ours else settings.get(FORMAT)
+    if not isinstance(section, dict):  # NeMo's own
+        peft = peft_section(settings) or {}
+        told = {key: value for key, value in peft.items() if key != "peft_scheme"}
+        return str(peft["peft_scheme"]), told, _text(settings.get("restore_from_path"))
+    adapters, beside = listed(path, section)
+    base = _text(beside.pop("base", None))
+    values = {
+        name: {key: value for key, value in config.items() if key != "method"}
+        for name, config in adapters
+    }
+    methods = ", ".join(config["method"] for _, config in adapters)
+    return (
+        methods,
+        {**(next(iter(values.values())) if len(values) == 1 else values), **beside},
+        (base),
     )
 
 

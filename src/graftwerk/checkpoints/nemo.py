@@ -18,7 +18,6 @@ from graftwerk.checkpoints import nemo_tokenizer
 from graftwerk.checkpoints.archive import Files, open_folder, open_tar
 from graftwerk.checkpoints.base import Checkpoint, cast, replace_path
 from graftwerk.checkpoints.distributed import DistributedSource
-from graftwerk.checkpoints.layout import Table
 from graftwerk.checkpoints.nemo_config import Layout, Variant, from_config, to_config
 from graftwerk.checkpoints.nemo_shards import WholeTensors
 from graftwerk.checkpoints.nemo_tables import CLASSIC, T5, is_no_weight, nemo_table, split_of
@@ -49,10 +48,10 @@ def open_nemo(path: Path) -> Checkpoint:
         UserError: where it is damaged or hostile, holds no base model, or a key of its config
             cannot be honoured.
     """
-    files = _open(path)
+    files = open_container(path)
     try:
-        values = _config(files)
-        source = _weights(files)
+        values = config_of(files)
+        source = weights_of(files)
     except BaseException:
         files.close()
         raise
@@ -63,7 +62,12 @@ def open_nemo(path: Path) -> Checkpoint:
         raise
 
 
-def _open(path: Path) -> Files:
+def open_container(path: Path) -> Files:
+    """The files of a `.nemo`, or of the folder of an unpacked one.
+
+    Raises:
+        UserError: where it is damaged or hostile, or has no config.
+    """
     files = open_folder(path) if path.is_dir() else open_tar(path)
     if CONFIG not in files.members:
         files.close()
@@ -71,12 +75,16 @@ def _open(path: Path) -> Files:
     return files
 
 
-def _config(files: Files) -> dict[str, Any]:
+def config_of(files: Files) -> dict[str, Any]:
+    """The values of its `model_config.yaml`."""
     return parse_settings(files.read(CONFIG, SETTINGS_LIMIT), f"{files.path}: {CONFIG}")
 
 
-def _weights(files: Files) -> WholeTensors:
-    """The whole tensors of whatever form the weights have."""
+def weights_of(files: Files, depth: int | None = None) -> WholeTensors:
+    """The whole tensors of whatever form the weights have.
+
+    `depth`: layers of a pipeline stage, where not every layer need have tensors.
+    """
     where = str(files.path)
     if WEIGHTS in files.members:
         return WholeTensors([[TorchSource(files, [WEIGHTS])]], where)
@@ -101,7 +109,9 @@ def _weights(files: Files) -> WholeTensors:
             f"there: that of tensor rank {lost[1]} and pipeline rank {lost[0]} is missing"
         )
     return WholeTensors(
-        [[TorchSource(files, [ranks[p, t]]) for t in range(size)] for p in range(stages)], where
+        [[TorchSource(files, [ranks[p, t]]) for t in range(size)] for p in range(stages)],
+        where,
+        depth,
     )
 
 
@@ -215,8 +225,8 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: where there is none, or none that transformers reads.
     """
-    with _open(path) as files:
-        return nemo_tokenizer.load(_config(files), files)
+    with open_container(path) as files:
+        return nemo_tokenizer.load(config_of(files), files)
 
 
 def write_nemo(
@@ -255,20 +265,43 @@ def write_nemo(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+    def put(writer: TorchWriter) -> None:
+        for ours, entry in table.items():
+            tensors = entry.reshape.split(cast(read(ours), dtype))
+            for name, tensor in zip(entry.names, tensors, strict=True):
+                writer.add(name, tensor)
+                if name.startswith(f"{T5}.encoder_embedding."):  # NeMo's module has both names
+                    writer.alias(name.replace(".encoder_", ".decoder_"), name)
+                progress(name)
+
     try:
-        with open(partial, "wb") as file:
-            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
-            _add(tar, CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
-            for member, artifact in artifacts.items():
-                _add(tar, member, artifact.read_bytes())
-            _add_weights(tar, file, table, lambda name: cast(read(name), dtype), progress)
-            tar.close()
-            file.flush()
-            os.fsync(file.fileno())
+        write_container(partial, values, artifacts, put)
         replace_path(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return variant
+
+
+def write_container(
+    path: Path,
+    values: Mapping[str, Any],
+    artifacts: Mapping[str, Path],
+    put: Callable[[TorchWriter], None],
+) -> None:
+    """Writes a tar of a `model_config.yaml`, files that travel along, and `model_weights.ckpt`.
+
+    `put` adds the tensors.
+    """
+    with open(path, "wb") as file:
+        tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+        _add(tar, CONFIG, yaml.safe_dump(dict(values), sort_keys=False).encode())
+        for member, artifact in artifacts.items():
+            _add(tar, member, artifact.read_bytes())
+        _add_weights(tar, file, put)
+        tar.close()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -277,24 +310,13 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def _add_weights(
-    tar: tarfile.TarFile,
-    file: BinaryIO,
-    table: Table,
-    read: Callable[[str], Tensor],
-    progress: Callable[[str], object],
-) -> None:
+def _add_weights(tar: tarfile.TarFile, file: BinaryIO, put: Callable[[TorchWriter], None]) -> None:
     """The weights behind the other members; their size is known, and written, last."""
     start = tar.offset
     file.write(bytes(tarfile.BLOCKSIZE))
     writer = TorchWriter(file)
     try:
-        for ours, entry in table.items():
-            for name, tensor in zip(entry.names, entry.reshape.split(read(ours)), strict=True):
-                writer.add(name, tensor)
-                if name.startswith(f"{T5}.encoder_embedding."):  # NeMo's module has both names
-                    writer.alias(name.replace(".encoder_", ".decoder_"), name)
-                progress(name)
+        put(writer)
         writer.close()
     except BaseException:
         writer.abandon()

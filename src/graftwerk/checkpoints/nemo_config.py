@@ -81,7 +81,7 @@ class Settings:
         """The value; the default where it is absent or null."""
         value = self.inner.get(key)
         value = self.values.get(key) if value is None else value
-        value = self._resolved(value, 8)
+        value = self.resolved(value)
         if value is None:
             return default
         if default is not None and not _alike(value, default):
@@ -102,7 +102,7 @@ class Settings:
         key = f"{self.section}.{key}" if self.section and key in self.inner else key
         raise UserError(f"{self.path}: {key}={value!r} cannot be honoured: {why}")
 
-    def _resolved(self, value: Any, depth: int) -> Any:
+    def resolved(self, value: Any, depth: int = 8) -> Any:
         """The value with `${.key}` and `${multiply:4, ${.key}}` worked out, as Hydra would."""
         if not isinstance(value, str) or "${" not in value or not depth:
             return value
@@ -111,9 +111,9 @@ class Settings:
             found: Any = self.inner if dots == "." and self.inner else self.values
             for name in names:
                 found = found.get(name) if isinstance(found, dict) else None
-            return self._resolved(found, depth - 1)
+            return self.resolved(found, depth - 1)
         if product := re.fullmatch(r"\$\{multiply:\s*(\d+)\s*,\s*(.+)\}", value):
-            factor = self._resolved(product[2], depth - 1)
+            factor = self.resolved(product[2], depth - 1)
             return int(product[1]) * factor if isinstance(factor, int) else value
         return value
 

@@ -23,13 +23,18 @@ class WholeTensors:
         stages: for each pipeline stage its tensor-parallel ranks, in order. Numbers of layers are
             local to a stage. What several stages hold is taken from the first.
         where: names the checkpoint in errors.
+        depth: layers of each stage; None: as many as the highest number in it says, which is right
+            where every layer has tensors.
 
     Raises:
         UserError: where ranks of a stage do not hold the same names.
     """
 
-    def __init__(self, stages: Sequence[Sequence[TensorSource]], where: str):
+    def __init__(
+        self, stages: Sequence[Sequence[TensorSource]], where: str, depth: int | None = None
+    ):
         self._stages, self._where = stages, where
+        self.ranks = max(len(ranks) for ranks in stages)  # of tensor parallelism
         self._split: Callable[[str], Split | None] = lambda name: None
         self._places: dict[str, tuple[int, str]] = {}
         first: dict[str, int] = {}  # number of a stage's first layer, for each stack of layers
@@ -45,7 +50,8 @@ class WholeTensors:
                 if layer := LAYER.fullmatch(whole):
                     stack, index = layer[1], int(layer[2])
                     counts[stack] = max(counts.get(stack, 0), index + 1)
-                    whole = f"{stack}{first.get(stack, 0) + index}{layer[3]}"
+                    start = number * depth if depth else first.get(stack, 0)
+                    whole = f"{stack}{start + index}{layer[3]}"
                 self._places.setdefault(whole, (number, name))
             for stack, count in counts.items():
                 first[stack] = first.get(stack, 0) + count

@@ -104,7 +104,7 @@ def _stack(config: TransformerConfig, layout: Layout, side: str, theirs: str, co
 
 
 def _layer(config: TransformerConfig, layout: Layout, ours: str, theirs: str, cross: bool) -> Table:
-    qkv, key_value = _heads(config, layout)
+    qkv, key_value = heads_of(config, layout)
     norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
     if config.transformer_block_type == "post_ln":
         norms = {
@@ -138,7 +138,7 @@ def _layer(config: TransformerConfig, layout: Layout, ours: str, theirs: str, cr
     return table
 
 
-def _heads(config: TransformerConfig, layout: Layout) -> tuple[Reshape, Reshape]:
+def heads_of(config: TransformerConfig, layout: Layout) -> tuple[Reshape, Reshape]:
     """Reshapes of queries, keys and values, and of keys and values alone."""
     if not layout.legacy_qkv:
         return AS_IS, AS_IS
