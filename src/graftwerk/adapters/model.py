@@ -46,8 +46,11 @@ class AdapterModel(nn.Module):
         """
         if name in self.adapters:
             raise UserError(f"adapter {name!r} exists already: choose another name, or delete it")
-        if not name.replace("-", "_").isidentifier():
-            raise UserError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+        if not name.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict, name):
+            raise UserError(
+                f"adapter name {name!r}: use letters, digits, '_' and '-', and no word of "
+                f"torch.nn.ModuleDict such as 'keys' or 'train'"
+            )
         device = next(self.parameters()).device
         made: list[tuple[Slot, Part]] = []
         for path, slot in slots_of(self).items():
@@ -103,6 +106,7 @@ class AdapterModel(nn.Module):
                 if name in virtual.starts:
                     part.start = virtual.starts[name]  # type: ignore[assignment]
             slot.active = resolve(composition, dict(slot.adapter_layer.items()))
+            slot.active_names = tuple(names(composition))
         if self._heads is not None:
             self._heads.set_active(composition)
         self.active = composition

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from graftwerk.adapters.mixin import AdapterSlotMixin
+
 Split = Literal["replicated", "column", "row"]
 
 
@@ -90,12 +92,14 @@ class SlotCall:
         ]
 
 
-class Slot(nn.Module):
+class Slot(AdapterSlotMixin, nn.Module):
     """One place in a model. Free of cost while nothing is active in it.
 
     `adapter_layer` holds the parts by adapter name. `active` is what the model's composition comes
     to at this slot: it is resolved when the composition is set, never in a forward pass.
     """
+
+    adapter_layer: nn.ModuleDict
 
     def __init__(self, site: Site):
         super().__init__()
