@@ -28,7 +28,8 @@ from launcher_scripts.notices import (
 from launcher_scripts.paths import check_paths
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
-from launcher_scripts.stages import BASES, STAGES, fill_auto
+from launcher_scripts.stages import BASES, STAGES, files_of, fill_auto
+from launcher_scripts.tuning import check_tuning
 from launcher_scripts.validate import UNKNOWN, check, fields_of, nearest, shown
 
 # An option of the groups that have no `gpt3/squad`.
@@ -76,6 +77,7 @@ class _Check:
             if name in plain:
                 self._base(name, plain[name])
                 self._layout(name, plain[name])
+                self._methods(name, plain[name])
         if not self.problems:  # a path may be wrong because of what is reported already
             self.notices += check_paths(self.cfg, self.stages, plain_root, self.report)
         if self.problems:
@@ -211,12 +213,12 @@ class _Check:
         for name in self.stages:
             for key in ("train_ds", "validation_ds", "test_ds", "ground_truth_ds"):
                 files = resolved(self.cfg, f"{name}.model.data.{key}", "", _silent)
-                wanted += [files] if isinstance(files, str) else files or []
+                wanted += files_of(files)
         made = {
             str(Path(str(folder)) / f"{prefix}_{split}.jsonl")
             for split in ("train", "val", "test", "test_ground_truth")
         }
-        missing = [f for f in wanted if isinstance(f, str) and f in made and not Path(f).exists()]
+        missing = [file for file in wanted if file in made and not Path(file).exists()]
         if missing:
             self.stages.insert(0, "data_prep")
             names = ", ".join(dict.fromkeys(Path(f).name for f in missing))
@@ -248,6 +250,12 @@ class _Check:
                 f"{name}.model.revision",
                 f"{model['revision']} goes with a name of the Hub, not with the path {base}",
             )
+
+    def _methods(self, name: str, plain: Any) -> None:
+        model = plain.get("model") if isinstance(plain, dict) else None
+        if STAGES[name].adapts and isinstance(model, dict):
+            shape = self._base_shape(_base_path(model))
+            check_tuning(name, model, shape, self.report, self.notices)
 
     # -- sizes
 

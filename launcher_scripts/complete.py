@@ -14,6 +14,7 @@ from launcher_scripts.validate import (
     fields_of,
     is_required,
     is_schema,
+    item_schema,
     members,
     shown,
 )
@@ -23,7 +24,7 @@ def fill(node: DictConfig, schema: type) -> None:
     """Give every key that is left out its default, in lists of mappings too."""
     for name, (expected, field) in fields_of(schema).items():
         inner = next((option for option in members(expected) if is_schema(option)), None)
-        items = next((o for o in members(expected) if get_origin(o) is list), None)
+        item_type = item_schema(expected)
         if name not in node:
             if not is_required(field):
                 node[name] = default_of(field)
@@ -33,10 +34,10 @@ def fill(node: DictConfig, schema: type) -> None:
         value = node[name]
         if inner is not None and isinstance(value, DictConfig):
             fill(value, inner)
-        elif items is not None and is_schema(get_args(items)[0]) and isinstance(value, ListConfig):
+        elif item_type is not None and isinstance(value, ListConfig):
             for item in value:
                 if isinstance(item, DictConfig):
-                    fill(item, get_args(items)[0])
+                    fill(item, item_type)
 
 
 def resolved(cfg: Any, key: str, shown_key: str, report: Report) -> Any:

@@ -22,6 +22,9 @@ stages, in their order
   data_prep         raw question answering data to JSONL files
   training          a GPT from scratch
   conversion        a checkpoint in another format
+  fine_tuning       all of a model
+  peft              adapters of any methods on a frozen model: model.peft.peft_scheme is some of
+                    adapter, ia3, lora, ptuning, prefix, prompt, selective, qlora, or none
   adapter_learning  bottleneck adapters on a frozen model
   ia3_learning      IA3 on a frozen model
   eval              base and adapters answer the test rows, scored side by side
@@ -31,6 +34,8 @@ examples
   python3 main.py stages=adapter_learning dry_run=True
   python3 main.py stages=[data_prep,adapter_learning,eval] cluster_type=interactive \\
       adapter_learning.model.language_model_path=/models/gpt2 adapter_learning.trainer.devices=1
+  python3 main.py stages=peft peft=llama/squad peft.model.peft.peft_scheme=[lora,ptuning] \\
+      peft.model.language_model_path=/models/llama
   python3 main.py stages=ia3_learning ia3_learning=t5/squad cluster_type=bcp
   python3 main.py stages=adapter_learning --multirun adapter_learning.model.optim.lr=1e-3,1e-4
 

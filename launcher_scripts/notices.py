@@ -7,8 +7,6 @@ RENAMED_STAGES = {"data_preparation": "data_prep", "evaluation": "eval"}
 # Stages and groups of the published launcher, and of later versions of ours, that are not here.
 ABSENT_STAGES = (
     "prompt_learning",
-    "fine_tuning",
-    "peft",
     "conversion_hf2nemo",
     "external_conversion",
     "export",
@@ -28,17 +26,22 @@ ABSENT_CLUSTERS = ("k8s",)
 ABSENT_KEYS = ("debug", "numa_mapping")
 # Keys of other tools: what a person who types them is after.
 FOREIGN_KEYS = {
-    "r": "the width of an adapter is model.adapter_tuning.adapter_dim",
-    "lora_r": "the width of an adapter is model.adapter_tuning.adapter_dim",
-    "rank": "the width of an adapter is model.adapter_tuning.adapter_dim",
-    "bottleneck_dim": "the width of an adapter is model.adapter_tuning.adapter_dim",
-    "bottleneck_size": "the width of an adapter is model.adapter_tuning.adapter_dim",
-    "adapter_size": "the width of an adapter is model.adapter_tuning.adapter_dim",
-    "reduction_factor": "the width of an adapter is model.adapter_tuning.adapter_dim, in features",
-    "lora_alpha": "LoRA is no stage yet; adapters are set by model.adapter_tuning",
-    "lora_dropout": "the dropout of an adapter is model.adapter_tuning.adapter_dropout",
-    "target_modules": "adapters sit after attention and MLP of each layer; IA3 scales keys, "
-    "values and the MLP",
+    **dict.fromkeys(
+        ("r", "lora_r", "rank", "bottleneck_size", "adapter_size"),
+        "the width of an adapter is adapter_dim, in model.adapter_tuning or model.peft.lora_tuning",
+    ),
+    "reduction_factor": "the width of an adapter is adapter_dim, in features",
+    "lora_alpha": "ours is model.peft.lora_tuning.alpha, of stage peft",
+    "lora_dropout": "ours is model.peft.lora_tuning.adapter_dropout, of stage peft",
+    "target_modules": "ours is model.peft.lora_tuning.target_modules, of stage peft",
+    "use_dora": "ours is model.peft.lora_tuning.dora, of stage peft",
+    "use_rslora": "ours is model.peft.lora_tuning.rank_stabilised, of stage peft",
+    "num_virtual_tokens": "ours is model.peft.p_tuning.virtual_tokens, of stage peft",
+    **{
+        name: f"it is model.peft.{name}, of stage peft"
+        for name in ("peft_scheme", "lora_tuning", "p_tuning", "prefix_tuning", "selective_tuning")
+    },
+    "peft_type": "ours is model.peft.peft_scheme, of stage peft",
     "learning_rate": "ours is model.optim.lr",
     "lr_scheduler_type": "ours is model.optim.sched.name",
     "num_train_epochs": "ours is trainer.max_epochs",

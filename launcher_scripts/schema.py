@@ -60,7 +60,13 @@ Scheduler = Literal[
     "ReduceLROnPlateau",
     "constant",
 ]
+Side = Literal["left", "right"]
 InitMethod = Literal["xavier", "zero", "normal", "uniform", "kaiming"]
+PositionStrategy = Literal["add", "concat", "mlpconcat", "biasadd"]
+Targets = Literal[
+    "attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"
+]
+Layers = list[Annotated[int, Range(1)]] | None
 
 
 # ---- all stages
@@ -168,8 +174,8 @@ class TaskTemplate:
     answer_field: str | None = "answer"
     answer_only_loss: bool = True
     truncate_field: str | None = None
-    total_virtual_tokens: Literal[0] = field(default=0, metadata=INERT)
-    virtual_token_splits: list[Positive] = field(default_factory=list, metadata=INERT)
+    total_virtual_tokens: Count = 0
+    virtual_token_splits: list[Positive] = field(default_factory=list)
 
 
 # ---- data_prep
@@ -275,12 +281,86 @@ class ConversionStage:
 
 
 @keys
-class Data:
+class DataFile:
+    """One file of several, or some that are counted as one."""
+
+    path: Path | None = None
+    file_names: list[Path] | None = None
+    name: Name | None = None
+    weight: NonNegative | None = None
+
+
+@keys
+class DataFiles:
+    """Files in NeMo's form. What is null is as in `model.data`, `model` or the files."""
+
+    file_names: Path | list[Path]
+    names: str | list[Name] | None = None
+    prompt_template: str | None = None
+    label_key: str | None = None
+    truncation_field: str | list[str] | None = None
+    truncation_method: Side | None = None
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    add_sep: bool | None = None
+    tokens_to_generate: Count | None = None
+    max_seq_length: Annotated[int, Range(2)] | None = None
+    num_workers: Count | None = None
+    pin_memory: bool | None = None
+    global_batch_size: Positive | None = field(default=None, metadata=INERT)
+    micro_batch_size: Positive | None = field(default=None, metadata=INERT)
+    min_seq_length: Count | None = field(default=None, metadata=INERT)
+    memmap_workers: Count | None = field(default=None, metadata=INERT)
+    index_mapping_dir: str | None = field(default=None, metadata=INERT)
+    hf_dataset: Literal[False] = field(default=False, metadata=INERT)
+
+
+@keys
+class TrainFiles(DataFiles):
+    concat_sampling_probabilities: list[Share] | None = None
+    shuffle: bool | None = None
+    drop_last: bool | None = None
+
+
+@keys
+class LossMetric:
+    name: Literal["loss"] = field(default="loss", metadata=INERT)
+    average: None = field(default=None, metadata=INERT)
+    num_classes: None = field(default=None, metadata=INERT)
+
+
+@keys
+class ValidationFiles(DataFiles):
+    shuffle: Literal[False] = field(default=False, metadata=INERT)
+    drop_last: Literal[False] = field(default=False, metadata=INERT)
+    metric: LossMetric = field(default_factory=LossMetric)
+    write_predictions_to_file: Literal[False] = field(default=False, metadata=INERT)
+    output_file_path_prefix: str | None = field(default=None, metadata=INERT)
+
+
+@keys
+class RowFormat:
+    """How rows without `task_templates` are read: `prompt_template`, or conversations."""
+
+    chat: bool = False
+    prompt_template: str | None = None
+    label_key: str = "output"
+    truncation_field: str | list[str] | None = None
+    truncation_method: Side = "right"
+    over_long: Literal["cut", "drop"] | None = None
+    tokens_to_generate: Count = 0
+    add_bos: bool = False
+    add_sep: bool = False
+
+
+@keys
+class Data(RowFormat):
     """The rows that a learning stage reads, and how it feeds them."""
 
-    train_ds: list[Path]
-    validation_ds: list[Path] = field(default_factory=list)
-    add_bos: bool = False
+    train_ds: Path | list[Path | DataFile] | TrainFiles
+    validation_ds: Path | list[Path | DataFile] | ValidationFiles = field(default_factory=list)
+    answer_only_loss: bool = True
+    unlabelled: Literal["error", "drop"] = "error"
     add_eos: bool = True
     shuffle: bool = True
     drop_last: bool = False
@@ -343,8 +423,8 @@ class _Learned(Layout):
 
 
 @keys
-class IA3Model(_Learned):
-    """A frozen base with IA3's scales."""
+class BasedModel(_Learned):
+    """What the models of the stages that begin with a base share."""
 
     nemo_path: Path
     language_model_path: Checkpoint | None = None
@@ -352,12 +432,27 @@ class IA3Model(_Learned):
     revision: str | None = None
     head: Literal["question_answering"] | None = None
     encoder_seq_length: Annotated[int, Range(2)] | None = None  # null: what the base reaches
-    task_templates: list[TaskTemplate]
+    task_templates: list[TaskTemplate] = field(default_factory=list)
     data: Data
 
 
 @keys
-class AdapterTuning:
+class Chosen:
+    """The layers that have parts of an adapter, numbered from 1; null: all."""
+
+    layer_selection: Layers = None
+
+
+@keys
+class Tied(Chosen):
+    """Layers that share the weights of their parts, and how a part knows its layer (NeMo's)."""
+
+    weight_tying: bool = False
+    position_embedding_strategy: PositionStrategy | None = None
+
+
+@keys
+class AdapterTuning(Tied):
     """The bottleneck after attention and after the MLP of each layer."""
 
     type: Literal["parallel_adapter", "linear_adapter"] = "parallel_adapter"
@@ -373,10 +468,105 @@ class AdapterTuning:
 
 
 @keys
-class AdapterModel(IA3Model):
+class LoRATuning(Tied):
+    """Low-rank updates of projections, in NeMo's names and some of ours."""
+
+    variant: Literal["nemo", "canonical"] = "nemo"
+    target_modules: list[Targets] = field(default_factory=lambda: ["attention_qkv"])
+    adapter_dim: Positive = 32
+    alpha: NonNegative | None = None  # null or 0: adapter_dim
+    adapter_dropout: Annotated[float, Range(0, below=1)] = 0.0
+    dropout_position: Literal["pre", "post"] = "pre"
+    column_init_method: InitMethod = "xavier"
+    row_init_method: InitMethod = "zero"
+    rank_stabilised: bool = False
+    dora: bool = False
+
+
+@keys
+class PTuning:
+    """Virtual tokens before each row, made by a small network."""
+
+    virtual_tokens: Positive = 10
+    bottleneck_dim: Positive = 1024
+    embedding_dim: Positive = 1024
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    init_std: NonNegative = 0.023
+
+
+@keys
+class PromptTuning:
+    """Virtual tokens before each row, trained as they are."""
+
+    virtual_tokens: Positive = 10
+    init_std: NonNegative = 0.023
+
+
+@keys
+class PrefixTuning(Chosen):
+    """Keys and values before those of each layer's attention."""
+
+    prefix_length: Positive = 30
+    bottleneck_dim: Positive = 512
+    reparametrise: bool = True
+    adapter_dropout: Annotated[float, Range(0, below=1)] = 0.0
+    init_std: NonNegative = 0.02
+    cross_prefix: bool = True
+
+
+@keys
+class SelectiveTuning(Chosen):
+    """Parameters of the base that are trained themselves, on copies."""
+
+    tunable_base_param_names: list[str] = field(
+        default_factory=lambda: ["self_attention", "word_embeddings"]
+    )
+
+
+@keys
+class Peft:
+    """Which methods a run trains, in NeMo's names, and a block of settings for each."""
+
+    peft_scheme: str | list[str] | None = "adapter"
+    restore_from_path: Path | None = None
+    adapter_tuning: AdapterTuning = field(default_factory=AdapterTuning)
+    lora_tuning: LoRATuning = field(default_factory=LoRATuning)
+    ia3_tuning: Chosen = field(default_factory=Chosen)
+    p_tuning: PTuning = field(default_factory=PTuning)
+    prompt_tuning: PromptTuning = field(default_factory=PromptTuning)
+    prefix_tuning: PrefixTuning = field(default_factory=PrefixTuning)
+    selective_tuning: SelectiveTuning = field(default_factory=SelectiveTuning)
+
+
+@keys
+class AdapterModel(BasedModel):
     """A frozen base with bottleneck adapters."""
 
     adapter_tuning: AdapterTuning = field(default_factory=AdapterTuning)
+
+
+@keys
+class IA3Model(BasedModel):
+    """A frozen base with IA3's scales."""
+
+    ia3_tuning: Chosen = field(default_factory=Chosen)
+
+
+@keys
+class PeftModel(BasedModel):
+    """A frozen base with adapters of any methods; with `none` all of the base is trained."""
+
+    global_batch_size: Positive = 128
+    micro_batch_size: Positive = 4
+    peft: Peft = field(default_factory=Peft)
+
+
+@keys
+class FineTuningModel(BasedModel):
+    """A base of which all is trained."""
+
+    global_batch_size: Positive = 128
+    micro_batch_size: Positive = 4
 
 
 @keys
@@ -396,7 +586,7 @@ class TrainingModel(_Learned):
     num_layers: Positive
     hidden_size: Positive
     num_attention_heads: Positive
-    task_templates: list[TaskTemplate]
+    task_templates: list[TaskTemplate] = field(default_factory=list)
     data: Data
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     ffn_hidden_size: Positive | None = None
@@ -428,6 +618,22 @@ class TrainingStage:
 
 
 @keys
+class FineTuningStage:
+    run: Run
+    model: FineTuningModel
+    trainer: Trainer = field(default_factory=Trainer)
+    exp_manager: ExpManager = field(default_factory=ExpManager)
+
+
+@keys
+class PeftStage:
+    run: Run
+    model: PeftModel
+    trainer: Trainer = field(default_factory=Trainer)
+    exp_manager: ExpManager = field(default_factory=ExpManager)
+
+
+@keys
 class AdapterStage:
     run: Run
     model: AdapterModel
@@ -447,17 +653,18 @@ class IA3Stage:
 
 
 @keys
-class EvaluatedAdapter:
+class Evaluated:
+    """An adapter's file, or a whole model, and what the table calls it."""
+
     name: Name
     path: Path
 
 
 @keys
-class EvalData:
+class EvalData(RowFormat):
     test_ds: list[Path]
     ground_truth_ds: list[Path] = field(default_factory=list)
     batch_size: Positive = 8
-    add_bos: bool = False
 
 
 @keys
@@ -485,7 +692,8 @@ class EvalModel:
     restore_from_path: Checkpoint | None = None
     revision: str | None = "auto"
     head: Literal["question_answering", "auto"] | None = "auto"
-    adapters: list[EvaluatedAdapter] | Literal["auto"] = "auto"
+    adapters: list[Evaluated] | Literal["auto"] = "auto"
+    models: list[Evaluated] | Literal["auto"] = "auto"
     evaluate_base: bool = True
     task_templates: list[TaskTemplate] | Literal["auto"] = "auto"
     encoder_seq_length: Annotated[int, Range(2)] | Literal["auto"] | None = "auto"
@@ -557,6 +765,8 @@ STAGE_SCHEMAS: dict[str, type] = {
     "data_prep": SquadPrep,
     "training": TrainingStage,
     "conversion": ConversionStage,
+    "fine_tuning": FineTuningStage,
+    "peft": PeftStage,
     "adapter_learning": AdapterStage,
     "ia3_learning": IA3Stage,
     "eval": EvalStage,

@@ -19,7 +19,7 @@ class Stage:
 
     name: str
     learns: bool  # fits parameters: it has `model.data.train_ds` and leaves `model.nemo_path`
-    adapts: bool  # ... of an adapter on a frozen base
+    adapts: bool  # ... on a base that is there: adapters, or all of it
     per_device: bool  # one process for each of `trainer.devices`; otherwise one process alone
     reads: Paths
     writes: Paths
@@ -57,8 +57,24 @@ def _converted(cfg: DictConfig) -> list[str]:
 
 
 def _learning_reads(cfg: DictConfig) -> list[str]:
-    model = ("data.train_ds", "data.validation_ds", *BASES, "restore_path")
-    return _each(cfg.model, *model, "tokenizer.path") + _each(cfg, "trainer.resume_from_checkpoint")
+    starts = (*BASES, "restore_path", "peft.restore_from_path", "tokenizer.path")
+    data = [path for key in ("train_ds", "validation_ds") for path in _data_files(cfg, key)]
+    return data + _each(cfg.model, *starts) + _each(cfg, "trainer.resume_from_checkpoint")
+
+
+def _data_files(cfg: DictConfig, key: str) -> list[str]:
+    value = OmegaConf.select(cfg, f"model.data.{key}")
+    holds = OmegaConf.is_config(value)
+    return files_of(OmegaConf.to_container(value, resolve=True) if holds else value)
+
+
+def files_of(value: Any) -> list[str]:
+    """The paths in a value of `model.data.train_ds` or its like, in any of its forms."""
+    if isinstance(value, list):
+        return [path for item in value for path in files_of(item)]
+    if isinstance(value, dict):
+        return files_of(value.get("path")) + files_of(value.get("file_names"))
+    return [value] if isinstance(value, str) else []
 
 
 def _model(cfg: DictConfig) -> list[str]:
@@ -66,8 +82,8 @@ def _model(cfg: DictConfig) -> list[str]:
 
 
 def _eval_reads(cfg: DictConfig) -> list[str]:
-    adapters = OmegaConf.select(cfg, "model.adapters")
-    paths = [] if adapters in (None, "auto") else [str(a["path"]) for a in adapters]
+    lists = [OmegaConf.select(cfg, f"model.{key}") for key in ("adapters", "models")]
+    paths = [str(each["path"]) for found in lists if found not in (None, "auto") for each in found]
     keys = (*BASES, "data.test_ds", "data.ground_truth_ds")
     return [*_each(cfg.model, *keys), *paths]
 
@@ -91,6 +107,8 @@ STAGES: dict[str, Stage] = {
         Stage("data_prep", False, False, False, _prep_reads, _prep_writes),
         Stage("training", True, False, True, _learning_reads, _model),
         Stage("conversion", False, False, False, _conversion_reads, _converted),
+        Stage("fine_tuning", True, True, True, _learning_reads, _model),
+        Stage("peft", True, True, True, _learning_reads, _model),
         Stage("adapter_learning", True, True, True, _learning_reads, _model),
         Stage("ia3_learning", True, True, True, _learning_reads, _model),
         Stage("eval", False, False, True, _eval_reads, _eval_writes),
@@ -102,7 +120,7 @@ def fill_auto(cfg: DictConfig) -> list[str]:
     """Replace the `auto` values of `cfg.eval.model` in place; returns lines that tell the user.
 
     The base, its length and the templates are those of the learning stages in `cfg.stages` (of
-    the configured ones where the list has none); the adapters are what these stages leave.
+    the configured ones where the list has none); adapters and models are what these stages leave.
     Where nothing says what an `auto` value is, it stays for the check to name.
     """
     if "eval" not in cfg.stages or not cfg.get("eval"):
@@ -115,12 +133,14 @@ def fill_auto(cfg: DictConfig) -> list[str]:
         _fill_base(model, [cfg[name] for name in learners])
         if not learners:
             return lines
+        _fill_rows(model, cfg[learners[0]].model)
         if model.get("task_templates") == "auto":
             model.task_templates = _templates(cfg[name] for name in learners)
-        if model.get("adapters") == "auto":
-            base = base_of(model)
-            model.adapters, more = _adapters(cfg, learners, base)
-            lines += more
+        results, more = _results(cfg, learners, base_of(model))
+        for key in ("adapters", "models"):
+            if model.get(key, "auto") == "auto":
+                model[key] = [each for each, whole in results if whole == (key == "models")]
+                lines += [line for line in more if line not in lines]
     return lines
 
 
@@ -147,6 +167,29 @@ def _fill_base(model: DictConfig, learners: list[DictConfig]) -> None:
         model.encoder_seq_length = next((length for length in lengths if length), None)
 
 
+ROW_FORMAT = (
+    "chat",
+    "prompt_template",
+    "label_key",
+    "truncation_field",
+    "truncation_method",
+    "over_long",
+    "tokens_to_generate",
+    "add_sep",
+)
+
+
+def _fill_rows(model: DictConfig, learned: DictConfig) -> None:
+    """How rows are read, where `eval` leaves it open."""
+    data = learned.get("data") or OmegaConf.create()
+    own = data.get("train_ds")
+    given = [own, data] if isinstance(own, DictConfig) else [data]
+    for key in ROW_FORMAT:
+        values = [part[key] for part in given if part.get(key) is not None]
+        if key not in model.data and values:
+            model.data[key] = values[0]
+
+
 def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
     """Names of the stages that `eval` follows, adapters before bases, and why it took them."""
     configured = [s.name for s in STAGES.values() if s.learns and cfg.get(s.name)]
@@ -157,7 +200,7 @@ def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
     adapted = [name for name in configured if STAGES[name].adapts]
     found = [name for name in adapted if Path(str(cfg[name].model.nemo_path)).exists()]
     if found:
-        return found, [f"eval: takes the adapters that exist already: {', '.join(found)}"]
+        return found, [f"eval: takes the results that exist already: {', '.join(found)}"]
     expected = " or ".join(str(cfg[name].model.nemo_path) for name in adapted)
     line = f"eval: scores the base alone: no adapter at {expected}"
     return adapted or configured, [line] if adapted else []
@@ -178,8 +221,18 @@ def _templates(cfgs: Iterable[DictConfig]) -> list[Any]:
     return list(templates.values())
 
 
-def _adapters(cfg: DictConfig, learners: list[str], base: Any) -> tuple[list[Any], list[str]]:
-    adapters, lines = [], []
+def trains_whole(name: str, model: Any) -> bool:
+    """Whether a learning stage leaves a model, not adapters."""
+    scheme = OmegaConf.select(model, "peft.peft_scheme", default="adapter")
+    none = scheme is None or list(scheme) == ["none"] or scheme == "none"
+    return name in ("training", "fine_tuning") or (name == "peft" and none)
+
+
+def _results(
+    cfg: DictConfig, learners: list[str], base: Any
+) -> tuple[list[tuple[dict[str, str], bool]], list[str]]:
+    """What the stages with a base leave: (name and path, whether it is a whole model)."""
+    results, lines = [], []
     for name in (n for n in learners if STAGES[n].adapts):
         model = cfg[name].model
         if name not in cfg.stages and not Path(str(model.nemo_path)).exists():
@@ -188,5 +241,6 @@ def _adapters(cfg: DictConfig, learners: list[str], base: Any) -> tuple[list[Any
         if own != base:
             lines.append(f"eval: leaves out {name}: its base is {own}, not {base}")
             continue
-        adapters.append({"name": name, "path": str(model.nemo_path)})
-    return adapters, lines
+        result = {"name": name, "path": str(model.nemo_path)}
+        results.append((result, trains_whole(name, model)))
+    return results, lines

@@ -102,6 +102,13 @@ def is_schema(expected: Any) -> bool:
     return isinstance(expected, type) and dataclasses.is_dataclass(expected)
 
 
+def item_schema(expected: Any) -> type | None:
+    """The dataclass that items of a list may be, where one of a type's members is such a list."""
+    items = next((o for o in members(expected) if get_origin(o) is list), None)
+    inside = members(get_args(items)[0]) if items is not None else ()
+    return next((option for option in inside if is_schema(option)), None)
+
+
 def members(expected: Any) -> tuple[Any, ...]:
     """The members of a union, or the type alone."""
     if get_origin(expected) in (Union, types.UnionType):
@@ -252,10 +259,10 @@ def leaves(schema: Any, key: str = "") -> Iterable[tuple[str, Any, dataclasses.F
     for name, (expected, field) in fields_of(schema).items():
         child = f"{key}.{name}" if key else name
         inner = next((option for option in members(expected) if is_schema(option)), None)
-        items = next((o for o in members(expected) if get_origin(o) is list), None)
+        item = item_schema(expected)
         if inner is not None:
             yield from leaves(inner, child)
-        elif items is not None and is_schema(get_args(items)[0]):
-            yield from leaves(get_args(items)[0], f"{child}[]")
-        else:
+        if item is not None:
+            yield from leaves(item, f"{child}[]")
+        if inner is None and item is None:
             yield child, expected, field

@@ -54,7 +54,7 @@ def test_their_stages_are_ours_where_we_have_them(command):
 
 
 @pytest.mark.parametrize(
-    "stage", ["prompt_learning", "conversion_hf2nemo", "fine_tuning", "export"]
+    "stage", ["prompt_learning", "conversion_hf2nemo", "quantization", "export"]
 )
 def test_their_stages_that_we_do_not_have_are_refused_by_name(command, stage):
     answer = command(*words("23.11", f"stages=[adapter_learning,{stage}]"))
@@ -111,7 +111,6 @@ def test_keys_without_effect_are_named_in_one_notice(command, version):
         f"trainer.{sampler}",
         "model.gradient_as_bucket_view",
         "model.virtual_prompt_style",
-        "model.task_templates.total_virtual_tokens",
     ):
         assert key in notice
     assert "adapter_dim" not in notice

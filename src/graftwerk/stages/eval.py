@@ -207,7 +207,7 @@ def read_questions(
     questions = Questions.read(
         data_files(model_cfg, "test_ds"),
         encoders_from_config(
-            bounded, tokenizer, base.config, key="test_ds", virtual_tokens=virtual
+            bounded, tokenizer, base.config, key="test_ds", virtual_tokens=virtual or None
         ),
         model_cfg.inference.tokens_to_generate,
     )

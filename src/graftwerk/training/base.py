@@ -60,10 +60,16 @@ class Base:
         """The base's own tokenizer."""
         return load_tokenizer(self.path, self.revision)
 
-    def load(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> GPT | T5 | BERT:
-        """Reads the weights; `seed` is of a fresh head."""
-        head = self.config.head
-        return load_base(self.path, dtype, device, head, revision=self.revision, seed=seed)
+    def load(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        quantize: str | None = None,
+    ) -> GPT | T5 | BERT:
+        """Reads the weights; `seed` is of a fresh head, `quantize` as in `load_base`."""
+        more = {"revision": self.revision, "seed": seed, "quantize": quantize}
+        return load_base(self.path, dtype, device, self.config.head, **more)
 
 
 def revision_of(model: DictConfig) -> str | None:

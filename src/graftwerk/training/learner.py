@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.adapters import MethodConfig, SelectiveConfig, Stack, methods_from_config
+from graftwerk.adapters.configs import schemes
 from graftwerk.checkpoints import load_tokenizer
 from graftwerk.checkpoints.adapter import read_adapters
 from graftwerk.checkpoints.base_path import adapter_of, base_of
@@ -110,7 +111,14 @@ def build_learner(
         return Learner(model.requires_grad_(True), tokenizer, [], base.path, autocast=mixed)
     # Copies of the base's own parameters are trained in float32, beside a base of the same type.
     mixed = mixed and any(isinstance(method, SelectiveConfig) for _, method in methods)
-    model = base.load(torch.float32 if mixed else dtype, device, model_cfg.seed)
+    four_bits = stage == "peft" and "qlora" in schemes(model_cfg.peft)
+    if four_bits and any(isinstance(method, SelectiveConfig) for _, method in methods):
+        raise UserError(
+            "model.peft.peft_scheme: selective trains parameters of the base, which qlora holds in "
+            "4 bits: use lora beside it"
+        )
+    kind = torch.float32 if mixed else dtype
+    model = base.load(kind, device, model_cfg.seed, "nf4" if four_bits else None)
     torch.manual_seed(model_cfg.seed)
     for name, method in methods:
         model.add_adapter(name, method)

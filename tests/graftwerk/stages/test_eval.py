@@ -7,8 +7,14 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from graftwerk.adapters import IA3Config
-from graftwerk.checkpoints import load_base, load_tokenizer, save_adapter, save_base
+from graftwerk.adapters import IA3Config, PromptTuningConfig
+from graftwerk.checkpoints import (
+    load_base,
+    load_tokenizer,
+    save_adapter,
+    save_adapters,
+    save_base,
+)
 from graftwerk.data.jsonl import read_rows
 from graftwerk.errors import UserError
 from graftwerk.evaluation.score import score_files
@@ -90,6 +96,52 @@ def test_base_and_adapter_are_scored_side_by_side(cfg: DictConfig, capsys):
     table = capsys.readouterr().out
     assert "mine" in table
     assert "1.00%" in table
+
+
+def test_a_whole_model_is_scored_beside_the_base(cfg: DictConfig, tmp_path: Path):
+    model = load_base(cfg.model.language_model_path)
+    shake(model.decoder, 99)
+    save_base(model, load_tokenizer(cfg.model.language_model_path), tmp_path / "tuned" / "model")
+    summary = {"trainable_parameters": 6400, "total_parameters": 6400}
+    (tmp_path / "tuned" / "summary.json").write_text(json.dumps(summary))
+    cfg.model.models = [{"name": "tuned", "path": str(tmp_path / "tuned" / "model")}]
+    run(cfg)
+    results = {result["name"]: result for result in metrics(cfg)["results"]}
+    assert list(results) == ["base", "mine", "tuned"]
+    assert results["tuned"]["trainable_parameters"] == 6400
+    said = predictions(cfg, "tuned")
+    assert said not in (predictions(cfg, "base"), predictions(cfg, "mine"))
+    cfg.model.language_model_path = str(tmp_path / "tuned" / "model")
+    cfg.model.update(adapters=[], models=[])
+    run(cfg)
+    assert predictions(cfg, "base") == said
+
+
+def test_a_model_of_another_vocabulary_is_refused(cfg: DictConfig, tmp_path: Path):
+    from tests.graftwerk.tiny import tiny_gpt
+
+    save_base(tiny_gpt(), load_tokenizer(cfg.model.language_model_path), tmp_path / "other")
+    cfg.model.models = [{"name": "other", "path": str(tmp_path / "other")}]
+    with pytest.raises(UserError, match=r"model.models: .*other is a gpt model of"):
+        run(cfg)
+    assert not Path(cfg.exp_manager.explicit_log_dir).exists()
+
+
+def test_several_adapters_of_a_file_answer_together_and_prompts_too(
+    cfg: DictConfig, tmp_path: Path
+):
+    model = load_base(cfg.model.language_model_path)
+    model.add_adapter("ia3", IA3Config())
+    model.add_adapter("prompt", PromptTuningConfig(virtual_tokens=4))
+    for name in ("ia3", "prompt"):
+        for _, _, part in model.parts(name):
+            shake(part, 1)
+    for file, names in (("both", ["ia3", "prompt"]), ("one", ["prompt"])):
+        save_adapters(model, names, tmp_path / file)
+    cfg.model.adapters = [{"name": file, "path": str(tmp_path / file)} for file in ("both", "one")]
+    run(cfg)
+    both, one, alone = (predictions(cfg, name) for name in ("both", "one", "base"))
+    assert both != one != alone != both
 
 
 def test_the_table_is_whole_in_the_width_of_a_log(cfg: DictConfig, capsys, monkeypatch):
