@@ -5,7 +5,7 @@ begin with the adapter's name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ FORMAT = "graftwerk"
 class SavedAdapter:
     """One adapter of a file.
 
-    `config` holds the method's class name as `method`, its settings, and `head` where it has one;
+    `config` holds the method's class name as `method`, all its settings, and `head` if it has one;
     `state` its weights under the names of `AdapterModel.adapter_state`.
     """
 
@@ -91,14 +91,15 @@ def listed(
     told = [(str(one["name"]), _own(path, one)) for one in each]
     if len(dict(told)) < len(told):
         raise UserError(f"{path}: two adapters have one name")
-    known = set(told[0][1]) if each[0] is settings else set()
+    known = {*told[0][1], "head"} if each[0] is settings else set()
     beside = {"name", "adapters", "format", "trainable_parameters", *known}
     return told, {key: value for key, value in settings.items() if key not in beside}
 
 
 def _own(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"method", "head", *(each.name for each in fields(method_class(settings, path)))}
-    return {key: value for key, value in settings.items() if key in own}
+    """An adapter's method with all of its settings, and the kind of its head."""
+    head = {"head": settings["head"]} if settings.get("head") is not None else {}
+    return {"method": settings.get("method"), **asdict(method_of(settings, path)), **head}
 
 
 def method_class(config: Mapping[str, Any], path: str | Path) -> type[MethodConfig]:

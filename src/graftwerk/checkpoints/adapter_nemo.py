@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwerk.adapters.configs import SCHEMES, SPELLINGS
+from graftwerk.adapters.configs import SCHEMES, SPELLINGS, SelectiveConfig
 from graftwerk.adapters.configs import method_of as method_of_block
 from graftwerk.checkpoints import nemo_config
 from graftwerk.checkpoints.adapter_form import (
@@ -146,8 +146,8 @@ class _NemoFile:
             for scheme, (name, config) in known.items()
         ]
         for adapter in saved:
-            if adapter.config["method"] == "SelectiveConfig" and not adapter.config["parameters"]:
-                adapter.config["parameters"] = sorted(adapter.state)
+            if adapter.config["method"] == "SelectiveConfig" and "parameters" not in adapter.config:
+                adapter.config.update(asdict(SelectiveConfig(parameters=tuple(adapter.state))))
         return AdapterFile(saved, extra)
 
     # ---- settings
@@ -179,7 +179,7 @@ class _NemoFile:
         """Our settings of a method by NeMo's block."""
         method, section = SCHEMES[scheme]
         if scheme == "selective":  # the parameters are those that the file holds
-            return {"method": method.__name__, "parameters": []}
+            return {"method": method.__name__}
         resolve = Settings(self.settings, self.path)  # blocks refer to other keys of the file
         given = peft.get(section)
         block = {

@@ -4,6 +4,7 @@ The files are read in a process of its own, whose address space is limited, so t
 make it ask for much memory, and whose temporary folder is looked at afterwards.
 """
 
+import copy
 import gzip
 import io
 import json
@@ -26,8 +27,8 @@ import yaml
 from safetensors.torch import load, save
 from torch._utils import _rebuild_tensor_v2
 
-from graftwerk.adapters import LoRAConfig
-from graftwerk.checkpoints import load_adapter, load_base, save_adapter, save_base
+from graftwerk.adapters import LoRAConfig, PrefixTuningConfig, PTuningConfig
+from graftwerk.checkpoints import load_adapters, load_base, save_adapters, save_base
 from graftwerk.checkpoints.base import load_tokenizer
 from graftwerk.checkpoints.inspect import inspect
 from graftwerk.errors import UserError
@@ -36,7 +37,7 @@ from tests.graftwerk import nemo_files
 from tests.graftwerk.tiny import tiny_gpt
 
 ROOT = Path(__file__).resolve().parents[3]
-RANDOM_DAMAGES = 110  # files of each sample
+RANDOM_DAMAGES = 90  # files of each sample
 MEMORY = 1 << 30  # bytes that a damaged file may make the process ask for, above its start
 RESIDENT = 200 << 20  # bytes of them that may be touched
 SHAPE = TransformerConfig(
@@ -140,9 +141,17 @@ def read_all_of_base(path: Path) -> None:
 
 
 def read_adapter(path: Path) -> None:
-    load_adapter(BASE, path)
-    for name in list(BASE.adapters):
-        BASE.delete_adapter(name)
+    try:
+        load_adapters(BASE, path)
+    finally:
+        for name in list(BASE.adapters):
+            BASE.delete_adapter(name)
+
+
+def inspect_adapter(path: Path) -> None:
+    """As the command `inspect` does, then the weights."""
+    inspect(path)
+    read_adapter(path)
 
 
 BASE = tiny_gpt(SHAPE)
@@ -207,11 +216,32 @@ def make_samples(folder: Path) -> dict[str, Sample]:
     artifacts = {"a_tokenizer.json": (folder / "ours" / "tokenizer.json").read_bytes()}
     path = nemo_files.lay_out(folder / "whole", config, weights, artifacts=artifacts)
     samples["whole"] = read_all_of_base, _content(path)
+    return samples | adapter_samples(folder)
+
+
+def adapter_samples(folder: Path) -> dict[str, Sample]:
+    """Adapters in our folder and in NeMo's container, with its names and with ours."""
     BASE.add_adapter("a", LoRAConfig(dim=2))
-    for name in ("adapter.nemo", "adapter"):
-        save_adapter(BASE, "a", folder / name)
-        samples[name] = read_adapter, _content(folder / name)
-    BASE.delete_adapter("a")
+    BASE.add_adapter("b", PTuningConfig(virtual_tokens=2, embedding_dim=2, bottleneck_dim=2))
+    BASE.add_adapter("c", PrefixTuningConfig(prefix_length=2, bottleneck_dim=2))
+    samples: dict[str, Sample] = {}
+    for name, held in (
+        ("adapter.nemo", "ab"),
+        ("own.nemo", "c"),
+        ("adapter", "a"),
+        ("adapters", "bc"),
+    ):
+        save_adapters(BASE, list(held), folder / name)
+        samples[name] = inspect_adapter, _content(folder / name)
+    for name in list(BASE.adapters):
+        BASE.delete_adapter(name)
+    unpacked = folder / "unpacked"  # as NeMo itself leaves it: without our section
+    with tarfile.open(folder / "adapter.nemo") as tar:
+        tar.extractall(unpacked, filter="data")
+    config = yaml.safe_load((unpacked / "model_config.yaml").read_text())
+    del config["graftwerk"]
+    (unpacked / "model_config.yaml").write_text(yaml.safe_dump(config))
+    samples["unpacked"] = inspect_adapter, _content(unpacked)
     return samples
 
 
@@ -238,7 +268,7 @@ def damaged(samples: dict[str, Sample]) -> Damaged:
         for what, data in hostile_tars(content[""]):
             yield f"{name} {what}", read, {"": data}
     for what, data in hostile_pickles():
-        for name in ("bin", "mcore"):
+        for name in ("bin", "mcore", "unpacked"):
             read, content = samples[name]
             file = "pytorch_model.bin" if name == "bin" else "model_weights.ckpt"
             yield f"{name} {what}", read, {**content, file: data}
@@ -320,6 +350,8 @@ def _tensors(chance: random.Random, samples: dict[str, Sample]) -> Damaged:
         ("safetensors", "model.safetensors"),
         ("ours", "model.safetensors"),
         ("adapter", "adapter.safetensors"),
+        ("adapters", "adapter.safetensors"),
+        ("unpacked", "model_weights.ckpt"),
         ("bin", "pytorch_model.bin"),
         ("mcore", "model_weights.ckpt"),
     ):
@@ -349,21 +381,40 @@ def _settings(chance: random.Random, samples: dict[str, Sample]) -> Damaged:
         ("ours", "model_config.yaml"),
         ("mcore", "model_config.yaml"),
         ("adapter", "adapter_config.yaml"),
+        ("adapters", "adapter_config.yaml"),
+        ("unpacked", "model_config.yaml"),
     ):
         read, content = samples[name]
         values = yaml.safe_load(content[file])
-        for key in values:
+        kind = json.dumps if file.endswith("json") else yaml.safe_dump
+        for place in _places(values):
             for value in chance.sample(VALUES, 4):
-                changed = {**values, key: value}
-                kind = json.dumps if file.endswith("json") else yaml.safe_dump
+                changed = copy.deepcopy(values)
+                _set(changed, place, value)
                 data = kind(changed).encode()
-                yield f"{name} {key}={value!r}", read, {**content, file: data}
+                yield f"{name} {place}={value!r}", read, {**content, file: data}
         for data in (b"", b"[]", b"1", b"{", b"a: [", b"\xff\xfe", b"[" * 10**4, b"{" * 10**4):
             yield f"{name} settings {data[:5]!r}", read, {**content, file: data}
         bomb = b"a: &a [x]\n" + b"".join(
             b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 9)) for n in range(97, 105)
         )
         yield f"{name} settings that grow", read, {**content, file: bomb}
+
+
+def _places(values: Any) -> Iterator[tuple[Any, ...]]:
+    """The way to every key, and to those inside of methods' settings."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in pairs:
+        yield (key,)
+        inside = isinstance(key, int) or key in ("peft", "adapters", "lora_tuning", "p_tuning")
+        if inside and isinstance(value, dict | list):
+            yield from ((key, *rest) for rest in _places(value))
+
+
+def _set(values: Any, place: tuple[Any, ...], value: Any) -> None:
+    for key in place[:-1]:
+        values = values[key]
+    values[place[-1]] = value
 
 
 # ---- hostile files
