@@ -25,6 +25,7 @@ _HOMES = {
     "PrefixTuningPEFTConfig": "peft_config",
     "PromptTuningPEFTConfig": "peft_config",
     "PtuningPEFTConfig": "peft_config",
+    "QLoraPEFTConfig": "peft_config",
     "SelectivePEFTConfig": "peft_config",
     "allow_target": "adapter_mixins",
     "get_registered_adapter": "adapter_mixins",

@@ -15,11 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from graftwerk.adapters import SelectiveConfig, Stack
+from graftwerk.adapters.configs import schemes
+from graftwerk.checkpoints import load_base
 from graftwerk.checkpoints.base import open_checkpoint
 from graftwerk.errors import UserError
 from graftwerk.models import GPT, T5, TransformerConfig
 from graftwerk.nemo.config import answers_apart, read_config
-from graftwerk.nemo.peft_config import PEFTConfig
+from graftwerk.nemo.peft_config import PEFTConfig, QLoraPEFTConfig
 from graftwerk.nemo.predictions import Question, predict, questions_of, sampling_of
 from graftwerk.nemo.trainer_builder import MegatronTrainer
 from graftwerk.nemo.wanted_adapters import load_wanted
@@ -40,6 +42,7 @@ class MegatronSFTModel(pl.LightningModule):
         self.base = base
         self.tokenizer = base.tokenizer()
         self.precision = precision_of(trainer.config.trainer)
+        self.quantize = "nf4" if "qlora" in schemes(cfg.get("peft") or {}) else None
         self.model = self._load(self.precision, trainer.run_device)
         self.model.requires_grad_(True)
 
@@ -121,7 +124,8 @@ class MegatronSFTModel(pl.LightningModule):
         return config
 
     def _load(self, dtype: torch.dtype, device: torch.device) -> GPT | T5:
-        model = self.base.load(dtype, device, self.cfg.seed)
+        base = self.base
+        model = load_base(base.path, dtype, device, revision=base.revision, quantize=self.quantize)
         assert isinstance(model, GPT | T5)
         return model
 
@@ -131,9 +135,15 @@ class MegatronSFTModel(pl.LightningModule):
         """Adds an adapter of each configuration; all are active, and they alone are trained.
 
         Raises:
-            UserError: where the model has such an adapter already.
+            UserError: where the model has such an adapter already, and for QLoRA on a base that is
+                not held in 4 bits.
         """
         configs = [peft_cfgs] if isinstance(peft_cfgs, PEFTConfig) else list(peft_cfgs)
+        if not self.quantize and any(isinstance(config, QLoraPEFTConfig) for config in configs):
+            raise UserError(
+                "QLoraPEFTConfig needs a base in 4 bits: set model.peft.peft_scheme: qlora before "
+                "restore_from"
+            )
         if any(isinstance(config.method, SelectiveConfig) for config in configs):
             self._in_float32()
         torch.manual_seed(self.cfg.seed)
@@ -184,6 +194,11 @@ class MegatronSFTModel(pl.LightningModule):
 
     def _in_float32(self) -> None:
         """Reads the base anew where it was held in another type: it will be trained itself."""
+        if self.quantize:
+            raise UserError(
+                f"a base in {self.quantize} is not trained itself: add an adapter, or set "
+                f"model.peft.peft_scheme to another than qlora"
+            )
         parameter = next(self.model.parameters())
         if parameter.dtype == torch.float32:
             return
@@ -193,11 +208,11 @@ class MegatronSFTModel(pl.LightningModule):
             wide.load_adapter_state(name, self.model.adapter_state(name))
         self.model = wide
 
-    def configure_optimizers(self) -> Any:
+    def training_step(self, *args: Any) -> Any:
         """Raises a TypeError: Lightning asks only where another Trainer was to fit this model."""
-        raise TypeError(
-            "fit this model by what MegatronTrainerBuilder(config).create_trainer() makes"
-        )
+        raise TypeError("fit this model with what MegatronTrainerBuilder.create_trainer() makes")
+
+    configure_optimizers = training_step
 
     # ---- prediction
 

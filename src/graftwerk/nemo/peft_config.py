@@ -22,7 +22,7 @@ class PEFTConfig:
 
     def __init__(self, cfg: Mapping[Any, Any]):
         blocks = cfg.get("peft") or {}
-        self.name = self.scheme
+        self.name = "lora" if self.scheme == "qlora" else self.scheme
         self.method: MethodConfig = method_of(self.scheme, blocks.get(SCHEMES[self.scheme][1]))
 
     @property
@@ -49,6 +49,12 @@ class LoraPEFTConfig(PEFTConfig):
     """Low-rank updates beside projections: `peft.lora_tuning`."""
 
     scheme = "lora"
+
+
+class QLoraPEFTConfig(LoraPEFTConfig):
+    """LoRA on a base in 4 bits, which `restore_from` reads so for `peft.peft_scheme: qlora`."""
+
+    scheme = "qlora"
 
 
 class IA3PEFTConfig(PEFTConfig):
@@ -90,6 +96,7 @@ PEFT_CONFIG_MAP: dict[str | None, type[PEFTConfig] | None] = {
             IA3PEFTConfig,
             PtuningPEFTConfig,
             LoraPEFTConfig,
+            QLoraPEFTConfig,
             SelectivePEFTConfig,
             PromptTuningPEFTConfig,
             PrefixTuningPEFTConfig,

@@ -1,6 +1,6 @@
 """What `trainer.predict` makes of `model.data.test_ds`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +86,15 @@ def predict(
         stop=ending if ending.strings else None,
         numbers=[question.number for question in questions],
     )
-    inputs: list[Any] = tokenizer.batch_decode([question.prompt for question in questions])
-    whole = [q.prompt + row.tokens for q, row in zip(questions, continued, strict=True)]
-    made: dict[str, list[Any]] = {
-        "sentences": tokenizer.batch_decode(whole, skip_special_tokens=True),
-        "inputs": inputs,
+
+    def texts(rows: Iterable[list[int]]) -> list[Any]:
+        return tokenizer.batch_decode(list(rows), skip_special_tokens=True)
+
+    made = {
+        "sentences": texts(
+            q.prompt + row.tokens for q, row in zip(questions, continued, strict=True)
+        ),
+        "inputs": texts(question.prompt for question in questions),
         "answers": [ending.text(row.tokens).strip() for row in continued],
         "rows": [question.row for question in questions],
     }

@@ -16,6 +16,7 @@ from graftwerk.errors import UserError
 from graftwerk.nemo.config import read_config, result_path
 from graftwerk.stages import learning
 from graftwerk.training.loggers import check_loggers
+from graftwerk.training.result import check_whole
 from graftwerk.training.trainer import (
     Steps,
     build_trainer,
@@ -75,6 +76,8 @@ class MegatronTrainer(pl.Trainer):
         assert isinstance(cfg, DictConfig)
         name = self.config.exp_manager.name
         cfg.model.nemo_path = result_path(cfg.model, folder, name, adapters=bool(names))
+        if not names:
+            check_whole(model.base.config, model.tokenizer, Path(cfg.model.nemo_path))
         data = AnswerDataModule(
             cfg.model,
             model.tokenizer,

@@ -16,7 +16,6 @@ from graftwerk.nemo.peft_config import PEFTConfig
 Wanted = PEFTConfig | str
 # What may differ between a file and a configuration: it changes nothing once weights are there.
 FREE = ("dropout", "column_init_method", "row_init_method", "init_std")
-PREFIX = "model."  # of the weights in a checkpoint, which are a module's that holds the model
 
 
 def load_wanted(model: AdapterModel, path: str | Path, wanted: Sequence[Wanted] | None) -> None:
@@ -83,7 +82,7 @@ def _load_checkpoint(
         for one in configs:
             model.add_adapter(one.name, one.method)
             added.append(one.name)
-        own = {PREFIX + n: p for n, p in model.named_parameters() if id(p) not in before}
+        own = {n: p for n, p in model.named_parameters() if id(p) not in before}
         shapes = {name: parameter.shape for name, parameter in own.items()}
         if shapes != {name: tensor.shape for name, tensor in state.items()}:
             raise UserError(f"{path} holds other weights than {', '.join(added)} on this model has")

@@ -72,6 +72,6 @@ def small_config(base: str, folder: Path, steps: int = 4) -> dict[str, Any]:
                     "tokens_to_generate": 3,
                 },
             },
-            "optim": {"name": "fused_adam", "lr": 0.02, "sched": {"name": "none"}},
+            "optim": {"name": "fused_adam", "lr": 0.02},
         },
     }
