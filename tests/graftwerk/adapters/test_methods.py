@@ -195,6 +195,7 @@ def test_column_init_method_gives_weights_of_its_distribution(method, statistics
     ("settings", "message"),
     [
         ({"dim": 0}, "adapter_dim=0"),
+        ({"dropout": 1.5}, "adapter_dropout=1.5"),
         ({"norm_position": "middle"}, "norm_position='middle'"),
         ({"norm_type": "rms"}, "norm_type='rms'.*layernorm"),
         ({"column_init_method": "orthogonal"}, "column_init_method='orthogonal'.*xavier"),

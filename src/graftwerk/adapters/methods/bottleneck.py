@@ -48,6 +48,8 @@ class BottleneckConfig(MethodSettings):
             )
         if self.dim < 1:
             raise UserError(f"{key}adapter_dim={self.dim}: must be at least 1")
+        if not 0 <= self.dropout <= 1:
+            raise UserError(f"{key}adapter_dropout={self.dropout}: must be from 0 to 1")
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""

@@ -31,12 +31,12 @@ GROUPS = {
     "mlp": ("mlp_fc1", "mlp_fc2"),
     "all": tuple(NEMO),
 }
-KEY = "model.lora_tuning."
+KEY = "model.peft.lora_tuning."
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(MethodSettings):
-    """`model.lora_tuning`: `output + scale * B A x`.
+    """`model.peft.lora_tuning`: `output + scale * B A x`.
 
     Trainable parameters are `dim (in + out)` a projection: `attention_qkv` has
     `dim (h + (heads + 2 groups) kv_channels)` a layer, as `canonical` `2 dim h` more. DoRA has
