@@ -23,6 +23,7 @@ from graftwerk.checkpoints import load_adapter, load_adapters, save_adapter, sav
 from graftwerk.checkpoints.inspect import inspect
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig, build_model
+from tests.graftwerk import nemo_files
 from tests.graftwerk.tiny import LLAMA, shake, tiny_gpt, tokens
 
 H, HEADS, GROUPS, D, FFN, LAYERS = 32, 4, 2, 8, 48, 3  # of tests.graftwerk.tiny.LLAMA
@@ -396,6 +397,26 @@ def test_shards_of_two_ranks_and_local_layers_are_joined(stages, tmp_path: Path)
         tar.extractall(tmp_path / "folder", filter="data")
     assert load_adapter(tiny_gpt(shape), tmp_path / "folder") == "lora"
     assert inspect(tmp_path / "folder").method == "lora"
+
+
+@pytest.mark.parametrize("how", [{"form": "gzip", "o2": True}, {"distributed": "torch_dist"}])
+def test_packed_half_precision_and_distributed_files(how, tmp_path: Path):
+    theirs, ours = {}, {}
+    for layer in range(LAYERS):
+        for name, slot in (("adapter_1", "attention_output"), ("adapter_2", "mlp_output")):
+            for leaf, shape in (
+                ("linear_in.weight", (4, H)),
+                ("linear_out.weight", (H, 4)),
+                ("layer_norm.weight", (H,)),
+                ("layer_norm.bias", (H,)),
+            ):
+                value = random(*shape)
+                theirs[f"model.decoder.layers.{layer}.adapter_layer.{name}.{leaf}"] = value
+                ours[f"decoder.layers.{layer}.{slot}.{leaf}"] = value
+    peft = {"peft_scheme": "adapter", "adapter_tuning": {"adapter_dim": 4}}
+    config = {**KEYS["mcore"], "peft": peft}
+    path = nemo_files.lay_out(tmp_path / "a.nemo", config, theirs, **how)
+    check(path, "mcore", "adapter", BottleneckConfig(dim=4), ours)
 
 
 # ---- writing
