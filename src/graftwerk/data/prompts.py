@@ -148,16 +148,13 @@ class PiecewisePrompts:
 def even_cuts(lengths: Sequence[int], excess: int) -> list[int] | None:
     """How many tokens each field loses, so that all lose `excess`; None where they have fewer.
 
-    Even shares, the first fields one more; what a short field lacks, the others give.
+    Even shares, the first fields one more; what a short field lacks, the longer ones give.
     """
     if sum(lengths) < excess:
         return None
     cuts = [0] * len(lengths)
-    while excess:
-        able = [n for n, length in enumerate(lengths) if cuts[n] < length]
-        share, more = divmod(excess, len(able))
-        for rank, n in enumerate(able):
-            lost = min(share + (rank < more), lengths[n] - cuts[n])
-            cuts[n] += lost
-            excess -= lost
+    shortest_first = sorted(range(len(lengths)), key=lambda n: (lengths[n], -n))
+    for done, n in enumerate(shortest_first):
+        cuts[n] = min(lengths[n], excess // (len(lengths) - done))
+        excess -= cuts[n]
     return cuts

@@ -76,6 +76,35 @@ def test_a_wrong_file_is_named_with_line_and_reason(tmp_path, lines, words):
     assert all(word in str(error.value) for word in ["rows.jsonl", *words]), str(error.value)
 
 
+def test_a_row_without_a_label_is_an_error_or_dropped(tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": " "}]
+    path = jsonl(tmp_path / "x", *rows)
+    with pytest.raises(UserError, match="x, line 2: empty answer: nothing is to be learned"):
+        AnswerDataset([path], {"long": long})
+    dataset = AnswerDataset([path], {"long": long}, drop_unlabelled=True)
+    assert (len(dataset), dataset.report.dropped) == (1, {"empty answer": 1})
+
+
+def test_files_of_one_source_are_counted_together(tmp_path):
+    row = {"question": "a", "answer": "b"}
+    counts = {"a": 2, "b": 3, "c": 1}
+    files = [str(jsonl(tmp_path / name, *[row] * count)) for name, count in counts.items()]
+    dataset = AnswerDataset([files[:2], files[2]], {"long": long})
+    assert dataset.sizes == [5, 1]
+    assert [dataset.source_of(n) for n in range(6)] == [0] * 5 + [1]
+
+
+def test_a_batch_tells_where_its_labels_are_from(tmp_path):
+    examples = [long.encode({"question": "a", "answer": text})[0] for text in ("b c", "d")]
+    batch = collate(examples, origins=[1, 0])
+    assert batch.origins is not None
+    assert batch.origins.tolist() == [1, 1, 1, 0, 0]
+    spans = [Example([1, 2], span=(0, 1)), Example([1], span=(0, 0))]
+    assert collate(spans, origins=[2, 1]).origins.tolist() == [2, 1, 2, 1]  # pyright: ignore
+    assert len(collate([], filler=examples[0], origins=[]).origins) == 3  # pyright: ignore
+    assert collate(examples).origins is None
+
+
 def test_evaluation_rows_keep_their_ids_or_get_their_number(tmp_path):
     path = jsonl(tmp_path / "x", {"id": "q7", "question": "a"}, {"question": "b"})
     assert [row["id"] for row in evaluation_rows(path)] == ["q7", "1"]
