@@ -15,7 +15,8 @@ from tests.graftwerk.tiny_families import t5_shape
 
 # A header and an end for each turn.
 MARKUP = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{{- m.content + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+{{- m.content + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 # The same, and a system's turn where there is none.
 DEFAULT_SYSTEM = (
     """{% if messages[0].role != 'system' %}
@@ -48,8 +49,8 @@ OPENED = """{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.cont
 {%- if add_generation_prompt %}{{ 'Assistant: <think>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
 # Says itself which words are the assistant's.
 MARKS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}
-{{- m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
+{%- if m.role == 'assistant' %}{% generation %}
+{{- m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{- m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 # What the assistant says in a turn, after each template's own fashion.
