@@ -141,11 +141,11 @@ NUMBERS: dict[str, tuple[int, bool]] = {
     "model.micro_batch_size": (1, True),
     "model.optim.lr": (0, False),
 }
+NAME = "megatron_peft"  # of a run that has none
 # NeMo's defaults for what a short configuration leaves out.
 DEFAULTS = {
     "trainer": {"devices": 1, "num_nodes": 1, "accelerator": "auto", "precision": 32},
     "exp_manager": {
-        "name": "megatron_peft",
         "resume_if_exists": True,
         "resume_ignore_no_checkpoint": True,
     },
@@ -193,14 +193,15 @@ def _checked(given: Mapping[str, Any], rules: Rules, where: str) -> dict[str, An
             hint = f"did you mean {where}{near[0]}?" if near else f"allowed: {', '.join(rules)}"
             raise UserError(f"{name} is not known; {hint}")
         rule = rules[key]
+        if value is None:  # as if it were left out
+            continue
         if rule is KEPT:
             kept[key] = value
         elif isinstance(rule, Mapping):
-            if isinstance(value, Mapping):
-                kept[key] = _checked(value, rule, f"{name}.")
-            elif value is not None:
+            if not isinstance(value, Mapping):
                 raise UserError(f"{name}={value!r} must be a section with keys of its own")
-        elif isinstance(rule, tuple) and value is not None and value not in rule:
+            kept[key] = _checked(value, rule, f"{name}.")
+        elif isinstance(rule, tuple) and value not in rule:
             raise UserError(
                 f"{name}={value!r} is not carried out here: set it to {rule[0]}, or leave it out"
             )
@@ -222,8 +223,8 @@ def _translate(config: dict[str, Any]) -> None:
     if (path := model.pop("resume_from_checkpoint", None)) is not None:
         config["trainer"].setdefault("resume_from_checkpoint", path)
     model["inference"] = {**model.get("inference", {}), **config.pop("inference", {})}
-    name = config.pop("name", None)
-    manager["name"] = manager.get("name") or name
+    manager["name"] = manager.get("name") or config.get("name") or NAME
+    config.pop("name", None)
     params = manager.get("checkpoint_callback_params")
     if params and params.get("monitor") == "validation_loss":
         params["monitor"] = "val_loss"  # NeMo's name of the same figure

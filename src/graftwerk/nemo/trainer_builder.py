@@ -62,6 +62,7 @@ class MegatronTrainer(pl.Trainer):
                 "trainer.resume_from_checkpoint"
             )
         code = self._learn(model)
+        self.strategy.barrier()  # the result is there for every process
         model.eval()
         if code != learning.DONE:
             raise SystemExit(code)

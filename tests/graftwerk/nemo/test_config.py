@@ -131,6 +131,12 @@ def test_what_is_left_out_has_nemos_defaults() -> None:
     read = read_config(config())
     assert (read.model.global_batch_size, read.model.micro_batch_size) == (128, 4)
     assert read.exp_manager.resume_if_exists
+    assert read_config(config(name="mine")).exp_manager.name == "mine"
+
+
+def test_a_null_is_as_if_the_key_were_left_out() -> None:
+    given = config(model__optim=None, trainer__precision=None, exp_manager__name=None)
+    assert read_config(given) == read_config(config())
 
 
 def test_the_section_inference_may_stand_at_the_top() -> None:
