@@ -22,11 +22,13 @@ class Questions:
     """Rows with an id, what answers are made from, and why others have none.
 
     `prompts` are what the encoder makes of a row without its answer: tokens, or a BERT's windows.
+    `metadata` is what a row holds besides.
     """
 
     rows: list[Row] = field(default_factory=list)
     prompts: list[Any] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(
@@ -61,6 +63,7 @@ class Questions:
                     continue
                 questions.rows.append(row)
                 questions.prompts.append(prompt)
+                questions.metadata.append(encoder.metadata(row))
         return questions
 
 

@@ -48,7 +48,9 @@ def run(cfg: DictConfig) -> int:
     check(cfg)
     model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
     sampling = Sampling.from_keys(model_cfg.inference, model_cfg.seed)
-    truth = read_truth(data_files(model_cfg, "ground_truth_ds"))
+    truth = read_truth(
+        data_files(model_cfg, "ground_truth_ds"), model_cfg.data.get("label_key") or "answer"
+    )
     files = {adapter.name: read_adapters(adapter.path) for adapter in model_cfg.adapters}
     head = head_of(model_cfg, files)
     base = Base.open(base_of(model_cfg), revision_of(model_cfg), head)
@@ -125,17 +127,24 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-def read_truth(files: list[str]) -> dict[str, list[str]]:
-    """Gold answers by question id."""
+def read_truth(files: list[str], label: str = "answer") -> dict[str, list[str]]:
+    """Gold answers by question id: `answer`, `label`, or the last turn of a conversation."""
     truth: dict[str, list[str]] = {}
     for path in files:
         for number, row in read_rows(path):
-            answer = row.get("answer")
+            answer = row.get("answer", row.get(label))
+            if answer is None and isinstance(row.get("messages"), list):
+                answer = _last_words(row["messages"])
             answers = [answer] if isinstance(answer, str) else answer
             if "id" not in row or not answers:
                 raise UserError(f"{path}, line {number}: needs an 'id' and an 'answer'")
             truth[str(row["id"])] = answers
     return truth
+
+
+def _last_words(messages: list[Any]) -> Any:
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    return last.get("content") if last.get("role") == "assistant" else None
 
 
 def head_of(model_cfg: DictConfig, files: Mapping[str, AdapterFile]) -> str | None:
@@ -231,9 +240,9 @@ def evaluate(
         answers = answerer.answer(model, questions.prompts, advance)
     seconds = time.monotonic() - start
     with replacing(folder / name / "predictions.jsonl") as file:
-        for row, answer in zip(questions.rows, answers, strict=True):
+        for row, more, answer in zip(questions.rows, questions.metadata, answers, strict=True):
             kept = {key: row[key] for key in ("id", "taskname", "question") if key in row}
-            line = {**kept, "pred": answer.text, "answer": truth[str(row["id"])]}
+            line = {**kept, **more, "pred": answer.text, "answer": truth[str(row["id"])]}
             if answerer.sampling.compute_logprob:
                 line |= {"tokens": answer.tokens, "logprobs": answer.logprobs}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

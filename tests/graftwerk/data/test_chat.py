@@ -50,7 +50,8 @@ OPENED = """{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.cont
 # Says itself which words are the assistant's.
 MARKS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' %}{% generation %}
-{{- m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{- m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
+{{- m.content + '<|im_end|>' }}{% endgeneration %}{% else %}
+{{- m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 # What the assistant says in a turn, after each template's own fashion.
