@@ -198,6 +198,8 @@ def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
     if listed:
         return by_adapters, []
     adapted = [name for name in configured if STAGES[name].adapts]
+    # Which stage is meant, nobody says: one whose base is there comes first.
+    adapted.sort(key=lambda name: not Path(str(base_of(cfg[name].model))).exists())
     found = [name for name in adapted if Path(str(cfg[name].model.nemo_path)).exists()]
     if found:
         return found, [f"eval: takes the results that exist already: {', '.join(found)}"]

@@ -317,10 +317,12 @@ def test_the_checkpoint_is_taken_from_either_documented_place(command, tmp_path,
 
 
 def test_eval_says_what_no_learning_stage_tells_it(command):
-    answer = command("stages=eval", "adapter_learning=null", "ia3_learning=null", "training=null")
+    learners = ("training", "fine_tuning", "peft", "adapter_learning", "ia3_learning")
+    answer = command("stages=eval", *(f"{name}=null" for name in learners))
     refused(
         answer,
         "eval.model.language_model_path: auto, but no learning stage",
         "eval.model.adapters: auto",
+        "eval.model.models: auto",
         "eval.model.task_templates: auto",
     )

@@ -46,7 +46,8 @@ def names(cfg: DictConfig) -> list[str]:
 
 
 def test_stages_stand_in_canonical_order():
-    assert list(STAGES) == ["data_prep", "training", "conversion", ADAPTER, IA3, "eval"]
+    learning = ["fine_tuning", "peft", ADAPTER, IA3]
+    assert list(STAGES) == ["data_prep", "training", "conversion", *learning, "eval"]
 
 
 def test_eval_takes_every_adapter_of_the_same_run(tmp_path):
