@@ -152,7 +152,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [pytest.param("23.03", marks=pytest.mark.long), "23.11"])
 def test_the_gpt_files_train_with_device_overrides_only(command, base, version, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     stages = ["adapter_learning", "ia3_learning"]
