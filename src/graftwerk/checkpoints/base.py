@@ -61,8 +61,8 @@ def find_checkpoint(
     """The checkpoint at a path, looked for with and without a `results` folder before its name.
 
     The published launcher's documentation has both. A name such as `org/name` that is no path is
-    looked up on the Hugging Face Hub, at `revision`, or in its cache. `key` is what an error says of
-    where the path was given.
+    looked up on the Hugging Face Hub, at `revision`, or in its cache. `key` is what an error says
+    of where the path was given.
 
     Raises:
         UserError: where there is none.
