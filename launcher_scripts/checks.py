@@ -78,6 +78,7 @@ class _Check:
                 self._base(name, plain[name])
                 self._layout(name, plain[name])
                 self._methods(name, plain[name])
+                self._inference(name, plain[name])
         if not self.problems:  # a path may be wrong because of what is reported already
             self.notices += check_paths(self.cfg, self.stages, plain_root, self.report)
         if self.problems:
@@ -256,6 +257,19 @@ class _Check:
         if STAGES[name].adapts and isinstance(model, dict):
             shape = self._base_shape(_base_path(model))
             check_tuning(name, model, shape, self.report, self.notices)
+
+    def _inference(self, name: str, plain: Any) -> None:
+        """An answer may be as long as it must be."""
+        model = plain.get("model") if isinstance(plain, dict) else None
+        inference = model.get("inference") if isinstance(model, dict) else None
+        if not isinstance(inference, dict):
+            return
+        least, most = (_size(inference, f"{end}tokens_to_generate") for end in ("min_", ""))
+        if least and most and least > most:
+            self.report(
+                f"{name}.model.inference.min_tokens_to_generate",
+                f"{least} must be at most tokens_to_generate {most}",
+            )
 
     # -- sizes
 

@@ -255,6 +255,14 @@ def test_an_architecture_that_does_not_fit_is_refused(command, words, said):
     refused(command("stages=training", *(f"training.model.{word}" for word in words)), said)
 
 
+def test_an_answer_may_be_as_long_as_it_must_be(command):
+    least = "eval.model.inference.min_tokens_to_generate"
+    refused(
+        command("stages=eval", f"{least}=33"), f"{least}: 33 must be at most tokens_to_generate 32"
+    )
+    assert command("stages=eval", f"{least}=32").code == 0
+
+
 # ---- paths
 
 
