@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftwerk.adapters.configs import SCHEMES, SPELLINGS, LoRAConfig, MethodConfig, PTuningConfig
+from graftwerk.adapters.methods.lora import GROUPS, NEMO
 from graftwerk.adapters.methods.prompt import PTuning
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.checkpoints.adapter_form import FORMAT, SavedAdapter, joined, settings_of
@@ -118,6 +119,8 @@ def _block(scheme: str, method: MethodConfig, variant: Variant) -> dict[str, Any
         elif value != each.default and each.name != "rank_stabilised":  # part of alpha, below
             raise _NotSaid
     if isinstance(method, LoRAConfig):
+        if not {*NEMO, *GROUPS}.issuperset(method.target_modules):
+            raise _NotSaid
         block["alpha"] = method.scale * method.dim
     for key in ("column_init_method", "row_init_method"):
         if block.get(key) == "uniform":  # the same numbers

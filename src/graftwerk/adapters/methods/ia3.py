@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graftwerk.adapters.methods.lora import SLOTS
 from graftwerk.adapters.part import Layout, MethodSettings, Part
 from graftwerk.adapters.slots import Site, SlotCall
+from graftwerk.errors import UserError
 
 PLACES = ("keys", "values", "cross_keys", "cross_values", "mlp_inner")
 
@@ -20,11 +22,25 @@ class IA3Config(MethodSettings):
     """Trainable parameters: `2 kv_channels num_query_groups + ffn_hidden_size` a layer.
 
     A layer with cross-attention has twice as many for keys and values.
+
+    Args:
+        places: slots whose output is scaled; others than the paper's are for adapters of peft.
     """
+
+    places: tuple[str, ...] = PLACES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = (*PLACES, *SLOTS)
+        if unknown := [place for place in self.places if place not in known]:
+            raise UserError(
+                f"model.peft.ia3_tuning.places: {unknown[0]!r} is not known: use some of "
+                f"{', '.join(known)}"
+            )
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
-        return Scale(site.out_features) if site.name in PLACES else None
+        return Scale(site.out_features) if site.name in self.places else None
 
 
 class Scale(Part):
@@ -46,4 +62,9 @@ class Scale(Part):
         return bias * self.scalers
 
     def layouts(self, site: Site) -> dict[str, Layout]:
+        if site.split == "row":
+            raise UserError(
+                f"IA3 on {site.name} does not split over devices: its bias is added behind the "
+                f"slot; set model.tensor_model_parallel_size to 1"
+            )
         return {"scalers": Layout(dim=0, blocks=site.blocks)} if site.split == "column" else {}

@@ -31,6 +31,20 @@ GROUPS = {
     "mlp": ("mlp_fc1", "mlp_fc2"),
     "all": tuple(NEMO),
 }
+# Slots by their own names, for what lies at some projections only (peft's `target_modules`).
+SLOTS = (
+    "qkv",
+    "query",
+    "key",
+    "value",
+    "output",
+    *CROSS,
+    "cross_output",
+    "fc1",
+    "gate",
+    "up",
+    "fc2",
+)
 KEY = "model.peft.lora_tuning."
 
 
@@ -48,7 +62,7 @@ class LoRAConfig(MethodSettings):
         rank_stabilised: `scale = alpha / sqrt(dim)` (Kalajdzievski 2023, arXiv:2312.03732).
         dropout_position: `pre` drops out inputs, `post` the update.
         target_modules: of `attention_qkv`, `attention_dense`, `mlp_fc1`, `mlp_fc2`, and
-            `attention`, `mlp`, `all` for several.
+            `attention`, `mlp`, `all` for several; or slots by their own names (`SLOTS`).
         variant: `nemo`: fused projections have one A; `canonical`: q, k, v, gate and up have one
             each.
     """
@@ -68,7 +82,7 @@ class LoRAConfig(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = (*NEMO, *GROUPS)
+        known = (*NEMO, *GROUPS, *SLOTS)
         if unknown := [target for target in self.target_modules if target not in known]:
             raise UserError(
                 f"{KEY}target_modules: {unknown[0]!r} is not known: use some of {', '.join(known)}"
@@ -100,7 +114,8 @@ class LoRAConfig(MethodSettings):
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
         targets = {name for target in self.target_modules for name in GROUPS.get(target, (target,))}
-        places = {slot for target in targets for slot in VARIANTS[self.variant][target]}
+        by_name = VARIANTS[self.variant]
+        places = {slot for target in targets for slot in by_name.get(target, (target,))}
         if self.variant == "canonical" and "mlp_fc1" in targets and site.blocks == 1:
             places.add("fc1")  # nothing to take apart
         if site.name not in places:
