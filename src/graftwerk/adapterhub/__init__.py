@@ -1,0 +1,52 @@
+"""AdapterHub's documented Python surface over this engine.
+
+`from graftwerk.adapterhub import AutoAdapterModel`; each name is imported when it is first asked
+for.
+"""
+
+import importlib
+from typing import Any
+
+# Module of this package -> the names that it has.
+_MODULES = {
+    "config_base": ("AdapterConfig",),
+    "config_strings": ("ADAPTER_CONFIG_MAP", "DEFAULT_ADAPTER_CONFIG"),
+    "configs": (
+        "AdapterPlusConfig",
+        "BnConfig",
+        "CompacterConfig",
+        "CompacterPlusPlusConfig",
+        "ConfigUnion",
+        "DiReftConfig",
+        "DoubleSeqBnConfig",
+        "DoubleSeqBnInvConfig",
+        "HoulsbyConfig",
+        "HoulsbyInvConfig",
+        "IA3Config",
+        "LoRAConfig",
+        "LoReftConfig",
+        "MAMConfig",
+        "MTLLoRAConfig",
+        "NoReftConfig",
+        "ParBnConfig",
+        "ParallelConfig",
+        "PfeifferConfig",
+        "PfeifferInvConfig",
+        "PrefixTuningConfig",
+        "PromptTuningConfig",
+        "ReftConfig",
+        "SeqBnConfig",
+        "SeqBnInvConfig",
+        "UniPELTConfig",
+        "VeraConfig",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
