@@ -7,11 +7,12 @@ VENV ?= .venv
 IN_VENV = PATH="$(abspath $(VENV))/bin:$$PATH"
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart venv dev test test-long real-weights lint format types lock clean
+.PHONY: help quickstart methods venv dev test test-long real-weights lint format types lock clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart  train and compare two adapters on this machine: about 2 minutes"
+	@echo "make methods     train and compare every method on the same task: about 10 minutes"
 	@echo "make test        the tests"
 	@echo "make test-long   the tests that take minutes each"
 	@echo "make real-weights  SmolLM2-135M and MiniLM for the tests that use them"
@@ -23,6 +24,10 @@ help:
 # ARGS="key=value ..." are further overrides.
 quickstart: venv
 	$(IN_VENV) python3 main.py experiment=quickstart $(ARGS)
+
+# ARGS="lora ia3" trains these alone. The base in build/methods is made once.
+methods: venv
+	$(IN_VENV) python3 benchmarks/methods.py build/methods $(ARGS)
 
 # ARGS="tests/graftwerk/generation -k eos" narrows it.
 test: dev
