@@ -41,14 +41,15 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise UserError(f"revision={revision} goes with a name of the Hub, not the path {path}")
         return path
-    return _folder(name, revision)
+    return folder_of(name, revision)
 
 
 @cache  # a job reads tokenizer and weights of one commit, even if the branch moves meanwhile
-def _folder(name: str, revision: str | None) -> Path:
-    folder = _snapshot(name, revision, list(WANTED))
+def folder_of(name: str, revision: str | None) -> Path:
+    """The folder of a base model's files, by its name on the Hub; errors as in `resolve`."""
+    folder = snapshot(name, revision, list(WANTED))
     if not any(folder.glob("model*.safetensors")):
-        folder = _snapshot(name, revision, [*WANTED, PICKLED])
+        folder = snapshot(name, revision, [*WANTED, PICKLED])
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name}: the Hub's repository (in {folder}) has no config.json: no checkpoint of "
@@ -57,7 +58,8 @@ def _folder(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
+def snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
+    """The folder of a repository's files that match one of the patterns; errors as in `resolve`."""
     from huggingface_hub import errors, snapshot_download
 
     at = f"{name} (revision {revision})" if revision else name

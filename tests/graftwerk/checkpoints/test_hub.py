@@ -52,7 +52,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    hub._folder.cache_clear()
+    hub.folder_of.cache_clear()
     return folder
 
 
@@ -239,7 +239,7 @@ def test_a_download_is_there_when_the_hub_is_out_of_reach(serve):
     folder = resolve(NAME)
     server.shutdown()
     server.server_close()
-    hub._folder.cache_clear()
+    hub.folder_of.cache_clear()
     assert resolve(NAME) == folder
 
 
