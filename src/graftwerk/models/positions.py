@@ -33,10 +33,13 @@ def visibility(
 def same_document(documents: Tensor, virtual: int = 0) -> Tensor:
     """The mask [B, 1, v + S, v + S] in which tokens see those of their document; documents [B, S].
 
-    `virtual` columns are put in front, which all see and which see themselves alone, or the row
+    Nobody sees padding (-1), which sees document 0 as in Hugging Face's models: AdapterHub's gates
+    are means over all positions. `virtual` columns are put in front, which all see and which see themselves alone, or the row
     where it is one document.
     """
-    mask = documents[:, :, None] == documents[:, None, :]
+    seen = (documents == 0).any(1, True)  # a row without document 0 is padding alone
+    asking = torch.where((documents < 0) & seen, 0, documents)
+    mask = asking[:, :, None] == documents[:, None, :]
     if virtual:
         mask = nn.functional.pad(mask, (virtual, 0), value=True)
         real = documents >= 0

@@ -119,6 +119,20 @@ def test_documents_packed_into_one_row_of_a_bert_do_not_see_each_other():
     torch.testing.assert_close(end, torch.cat([pair[1] for pair in apart]), rtol=1e-5, atol=1e-5)
 
 
+def test_nobody_sees_padding_which_sees_the_row():
+    torch.manual_seed(0)
+    model = BERT(BERT_SHAPE).eval()
+    shake(model)
+    row, other = tokens(1, 6), tokens(1, 6, seed=1)
+    documents = torch.tensor([[0, 0, 0, 0, -1, -1]])
+    states = model(torch.cat([row[:, :4], other[:, 4:]], 1), documents=documents)
+    torch.testing.assert_close(states[:, :4], model(row[:, :4]))
+    alone = torch.tensor([[0, 0, 0, 0, -1]])  # the other padding is not there at all
+    shorter = model(torch.cat([row[:, :4], other[:, 4:5]], 1), documents=alone)
+    torch.testing.assert_close(states[:, 4], shorter[:, 4])
+    assert model(row, documents=torch.full((1, 6), -1)).isfinite().all()
+
+
 def test_ia3_scales_keys_and_values_of_cross_attention_too():
     model = with_adapters(CONFIGS["t5"])
     # 2 kv + ffn a layer, and 2 kv more in each layer of the decoder.
