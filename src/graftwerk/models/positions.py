@@ -34,8 +34,8 @@ def same_document(documents: Tensor, virtual: int = 0) -> Tensor:
     """The mask [B, 1, v + S, v + S] in which tokens see those of their document; documents [B, S].
 
     Nobody sees padding (-1), which sees document 0 as in Hugging Face's models: AdapterHub's gates
-    are means over all positions. `virtual` columns are put in front, which all see and which see themselves alone, or the row
-    where it is one document.
+    are means over all positions. `virtual` columns are put in front, which all see and which see
+    themselves alone, or the row where it is one document.
     """
     seen = (documents == 0).any(1, True)  # a row without document 0 is padding alone
     asking = torch.where((documents < 0) & seen, 0, documents)

@@ -125,12 +125,13 @@ def test_nobody_sees_padding_which_sees_the_row():
     shake(model)
     row, other = tokens(1, 6), tokens(1, 6, seed=1)
     documents = torch.tensor([[0, 0, 0, 0, -1, -1]])
-    states = model(torch.cat([row[:, :4], other[:, 4:]], 1), documents=documents)
-    torch.testing.assert_close(states[:, :4], model(row[:, :4]))
+    mixed = torch.cat([row[:, :4], other[:, 4:]], 1)
+    states = model.hidden_states(mixed, documents=documents)
+    torch.testing.assert_close(states[:, :4], model.hidden_states(row[:, :4]))
     alone = torch.tensor([[0, 0, 0, 0, -1]])  # the other padding is not there at all
-    shorter = model(torch.cat([row[:, :4], other[:, 4:5]], 1), documents=alone)
+    shorter = model.hidden_states(mixed[:, :5], documents=alone)
     torch.testing.assert_close(states[:, 4], shorter[:, 4])
-    assert model(row, documents=torch.full((1, 6), -1)).isfinite().all()
+    assert model.hidden_states(row, documents=torch.full((1, 6), -1)).isfinite().all()
 
 
 def test_ia3_scales_keys_and_values_of_cross_attention_too():
