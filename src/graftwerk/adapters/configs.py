@@ -1,45 +1,112 @@
 """Method configurations, and how the YAML of a stage names one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from graftwerk.adapters.methods.bn import BnConfig
 from graftwerk.adapters.methods.bottleneck import BottleneckConfig
+from graftwerk.adapters.methods.hub_lora import HubLoRAConfig, HubMTLLoRAConfig
 from graftwerk.adapters.methods.ia3 import IA3Config
 from graftwerk.adapters.methods.lora import LoRAConfig
 from graftwerk.adapters.methods.prefix import PrefixTuningConfig
 from graftwerk.adapters.methods.prompt import PromptTuningConfig, PTuningConfig
+from graftwerk.adapters.methods.reft import ReftConfig
 from graftwerk.adapters.methods.selective import SelectiveConfig
-from graftwerk.adapters.part import MethodSettings
+from graftwerk.adapters.part import MethodSettings, Part
+from graftwerk.adapters.slots import Site
 from graftwerk.errors import UserError
 
 __all__ = [
     "METHODS",
+    "BnConfig",
     "BottleneckConfig",
+    "HubLoRAConfig",
+    "HubMTLLoRAConfig",
     "IA3Config",
     "LoRAConfig",
     "MethodConfig",
     "PTuningConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "ReftConfig",
     "SelectiveConfig",
+    "UnionConfig",
     "method_from_config",
     "method_of",
     "methods_from_config",
     "schemes",
+    "settings_of",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnionConfig(MethodSettings):
+    """Several methods in one adapter (AdapterHub's `ConfigUnion`), at most one part in a slot."""
+
+    configs: tuple[MethodSettings, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.configs or any(isinstance(config, UnionConfig) for config in self.configs):
+            raise UserError("a union needs methods, none of which is a union itself")
+
+    @property
+    def columns(self) -> int:
+        return sum(config.columns for config in self.configs)
+
+    @property
+    def shift(self) -> int:
+        return sum(config.shift for config in self.configs)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens that its methods put before every row."""
+        return self.columns
+
+    def create(self, site: Site) -> Part | None:
+        """The part of the one method that has one there.
+
+        Raises:
+            UserError: where two of them have.
+        """
+        made = [
+            (config, part)
+            for config in self.configs
+            if config.selects(site) and (part := config.create(site)) is not None
+        ]
+        if len(made) > 1:
+            both = " and ".join(type(config).__name__ for config, _ in made)
+            raise UserError(f"a union has one part in a place, but {both} both use {site.name}")
+        for config, part in made:
+            part.method = config
+            return part
+        return None
+
+    def tie(self, parts: list[tuple[Site, Part]]) -> None:
+        for config in self.configs:
+            config.tie([(site, part) for site, part in parts if part.method is config])
+
+    def replaces(self, name: str) -> bool:
+        return any(config.replaces(name) for config in self.configs)
+
 
 # By the name that an adapter file holds.
 METHODS: dict[str, Any] = {
     method.__name__: method
     for method in (
+        BnConfig,
         BottleneckConfig,
+        HubLoRAConfig,
+        HubMTLLoRAConfig,
         IA3Config,
         LoRAConfig,
         PTuningConfig,
         PrefixTuningConfig,
         PromptTuningConfig,
+        ReftConfig,
         SelectiveConfig,
+        UnionConfig,
     )
 }
 # What `model.peft.peft_scheme` may name: the method, and the block of `model.peft` that it reads.
@@ -146,6 +213,14 @@ def method_of(
             p for name in values.get("parameters", ()) for p in _parts(name)
         )
     return method(**values)
+
+
+def settings_of(method: MethodConfig) -> dict[str, Any]:
+    """A method's class name and all its settings as plain values, for a file."""
+    name = {"method": type(method).__name__}
+    if isinstance(method, UnionConfig):
+        return {**name, "configs": [settings_of(config) for config in method.configs]}
+    return {**name, **asdict(method)}
 
 
 def _parts(name: str) -> tuple[str, ...]:

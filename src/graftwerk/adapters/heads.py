@@ -5,14 +5,14 @@ trained with a copy of the model's head, which travels in its file (as AdapterHu
 `modules_to_save` in peft).
 """
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
-from graftwerk.adapters.composition import Composition, resolve
-from graftwerk.adapters.slots import SlotCall
+from graftwerk.adapters.composition import Composition
+from graftwerk.adapters.plan import resolve
+from graftwerk.adapters.slots import Action, Flow, SlotCall
 
 
 class HeadPart(nn.Module):
@@ -38,7 +38,6 @@ class Heads(nn.Module):
         super().__init__()
         self.own = own
         self.adapter_layer = nn.ModuleDict()
-        self.active: Callable[[SlotCall], Tensor] | None = None
 
     def add(self, name: str) -> None:
         """Gives an adapter its copy of the model's own head."""
@@ -50,11 +49,12 @@ class Heads(nn.Module):
             del self.adapter_layer[name]
         return not self.adapter_layer
 
-    def set_active(self, composition: Composition | str | None) -> None:
-        """Chooses who answers from now on."""
-        self.active = resolve(composition, dict(self.adapter_layer.items()))
+    def resolve(self, composition: Composition | str | None) -> Action | None:
+        """Who answers under a composition."""
+        leaves = {name: part.__call__ for name, part in self.adapter_layer.items()}
+        return resolve(composition, leaves)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, action: Action | None, flow: Flow) -> Tensor:
         """Hidden states [..., h] -> scores [..., labels]."""
         scores = self.own(x)
-        return scores if self.active is None else self.active(SlotCall(scores, input=x))
+        return scores if action is None else action(SlotCall(scores, flow, input=x))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from graftwerk.adapters.composition import names, widening
+from graftwerk.adapters.composition import BLOCKS, Stack, below, names
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.part import Part
 from graftwerk.adapters.slots import Rows, Site, slots_of
@@ -77,7 +77,7 @@ class Merge:
             UserError: where they are in place already.
         """
         if self.originals:
-            raise UserError(f"{self.active!r} is merged already")
+            raise UserError(f"{self.active} is merged already")
         merged = {}
         for name, parameter in self.base.items():
             value = self.read(name.replace("head.own.", "head.", 1))
@@ -111,8 +111,8 @@ def merge(model: AdapterModel) -> Merge:
 def _check(model: AdapterModel) -> None:
     if model.active is None:
         raise UserError("no adapter is active: there is nothing to merge")
-    if widening(model.active):
-        raise UserError(f"{model.active!r}: adapters side by side cannot be merged into one base")
+    if below(model.active, *(block for block in BLOCKS.values() if block is not Stack)):
+        raise UserError(f"{model.active}: adapters side by side cannot be merged into one base")
     for name in names(model.active):
         for _, _, part in model.parts(name):
             if part.unmergeable is not None:

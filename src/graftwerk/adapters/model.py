@@ -1,7 +1,8 @@
 """What every model with slots can do: hold adapters, compose them, give and take their weights."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,18 +10,24 @@ from torch import Tensor, nn
 
 from graftwerk.adapters.composition import (
     Composition,
+    Parallel,
+    below,
+    fusions,
     names,
-    place_prompts,
-    resolve,
-    widening,
+    place,
     width,
 )
-from graftwerk.adapters.configs import MethodConfig
+from graftwerk.adapters.configs import MethodConfig, settings_of
+from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.part import Part
+from graftwerk.adapters.plan import Plan, resolve_slot
 from graftwerk.adapters.replacements import Replacements
-from graftwerk.adapters.slots import Slot, slots_of
+from graftwerk.adapters.slots import Flow, Record, Slot, slots_of
 from graftwerk.errors import UserError
+
+# Compositions that hold in one thread only, by the identity of their model.
+_setups: ContextVar[Mapping[int, Plan]] = ContextVar("setups", default={})  # noqa: B039
 
 
 class AdapterModel(nn.Module):
@@ -29,11 +36,39 @@ class AdapterModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adapters: dict[str, MethodConfig] = {}
-        self.active: Composition | str | None = None
-        self.width = 1  # copies of the batch that the active composition needs
-        self.widen_at: int | None = None  # the layer before which the batch is repeated
-        self.virtual_tokens = 0  # columns that active prompts put before every row
+        self.fusions: dict[str, FusionConfig] = {}
         self.replacements = Replacements()  # copies of the base's parameters that adapters train
+        self._plan = Plan()
+
+    @property
+    def plan(self) -> Plan:
+        """What the active composition comes to, in this thread."""
+        return _setups.get().get(id(self), self._plan)
+
+    @property
+    def active(self) -> Composition | str | None:
+        """The active composition."""
+        return self.plan.composition
+
+    @property
+    def width(self) -> int:
+        """Copies of the batch that the active composition needs."""
+        return self.plan.width
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Columns that active prompts put before every row."""
+        return self.plan.virtual_tokens
+
+    def flow(
+        self,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+        rows: Tensor | None = None,
+        offset: int = 0,
+    ) -> Flow:
+        """What the slots of one pass are told; see `Flow`."""
+        return Flow(self.plan.actions, offset, rows, task_ids, record)
 
     def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
         """Creates an adapter's part in each slot that its method matches; activates nothing.
@@ -66,6 +101,7 @@ class AdapterModel(nn.Module):
                 f"{config.layer_selection} has no place in this model"
             )
         for slot, part in made:
+            part.adapter, part.site = name, slot.site
             slot.adapter_layer[name] = part.to(device).train(slot.training)
         if replaced:
             self.replacements.add(name, replaced)
@@ -76,10 +112,12 @@ class AdapterModel(nn.Module):
         self.adapters[name] = config
 
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter's parts; one that is active is switched off first."""
+        """Removes an adapter's parts and fusions; one that is active is switched off first."""
         self._check_known(name)
-        if name in names(self.active):
+        if name in names(self._plan.composition):
             self.set_active(None)
+        for key in [key for key in self.fusions if name in key.split(",")]:
+            self.delete_fusion(key)
         for slot in slots_of(self).values():
             if name in slot.adapter_layer:
                 del slot.adapter_layer[name]
@@ -89,32 +127,151 @@ class AdapterModel(nn.Module):
             self.head = heads.own
         del self.adapters[name]
 
-    def set_active(self, composition: Composition | str | None) -> None:
-        """Makes a composition the active one: every slot learns what it has to do.
+    def set_active(
+        self, composition: Composition | str | None, skip_layers: Sequence[int] = ()
+    ) -> None:
+        """Makes a composition the active one.
+
+        Args:
+            skip_layers: layers, numbered from 0, in which no adapter does anything (AdapterDrop,
+                Rueckle et al. 2021, arXiv:2010.11918).
 
         Raises:
-            UserError: for a name that no adapter has.
+            UserError: for a name that no adapter has, and a block that has no meaning for one.
         """
+        plan = self._resolved(composition, skip_layers)
+        self.replacements.set_active(self, composition)
+        for slot in slots_of(self).values():
+            slot.active = plan.actions.get(slot.key)
+            slot.active_names = tuple(names(composition))
+        self._plan = plan
+
+    @contextmanager
+    def setup(
+        self, composition: Composition | str | None, skip_layers: Sequence[int] = ()
+    ) -> Iterator[None]:
+        """Within it a composition is the active one, for this thread (and async task) alone.
+
+        Raises:
+            UserError: as `set_active`, and for adapters that train the base's own parameters.
+        """
+        for name in set(names(composition)) | set(names(self._plan.composition)):
+            if self.replacements.of(name):
+                raise UserError(
+                    f"{composition}: adapter {name!r} trains parameters of the base itself, which "
+                    f"all threads share: use set_active"
+                )
+        plan = self._resolved(composition, skip_layers)
+        token = _setups.set({**_setups.get(), id(self): plan})
+        try:
+            yield
+        finally:
+            _setups.reset(token)
+
+    def _resolved(self, composition: Composition | str | None, skip_layers: Sequence[int]) -> Plan:
         for name in names(composition):
             self._check_known(name)
-        slots = slots_of(self).values()
-        prompts = [self.prompt_length(name) for name in names(composition)]
-        virtual = place_prompts(composition, dict(zip(names(composition), prompts, strict=True)))
-        self.replacements.set_active(self, composition)
-        for slot in slots:
-            for name, part in slot.adapter_layer.items():
-                if name in virtual.starts:
-                    part.start = virtual.starts[name]  # type: ignore[assignment]
-            slot.active = resolve(composition, dict(slot.adapter_layer.items()))
-            slot.active_names = tuple(names(composition))
-        if self._heads is not None:
-            self._heads.set_active(composition)
-        self.active = composition
-        self.virtual_tokens = virtual.total
-        self.width = width(composition)
-        wide = widening(composition)
+        self.replacements.check(composition)
+        methods = {name: self.adapters[name] for name in names(composition)}
+        columns, starts = place(composition, {n: m.columns for n, m in methods.items()})
+        shift, _ = place(composition, {n: m.shift for n, m in methods.items()})
+        slots = [s for s in slots_of(self).values() if s.site.layer not in set(skip_layers)]
+        actions = {slot.key: resolve_slot(composition, slot, starts) for slot in slots}
+        wide = below(composition, Parallel)
         layers = [slot.site.layer for slot in slots if wide & set(slot.adapter_layer)]
-        self.widen_at = min(layers, default=0) if wide else None
+        return Plan(
+            composition,
+            tuple(skip_layers),
+            {key: action for key, action in actions.items() if action is not None},
+            None if self._heads is None else self._heads.resolve(composition),
+            width(composition),
+            min(layers, default=0) if wide else None,
+            columns,
+            shift,
+            any(part.whole_row for name in methods for _, _, part in self.parts(name)),
+        )
+
+    # ---- fusions
+
+    def add_fusion(self, members: str | Iterable[str], config: FusionConfig | None = None) -> str:
+        """Creates a fusion of adapters wherever one of them has a part; returns its name, `a,b`.
+
+        Raises:
+            UserError: for unknown adapters, fewer than one, a fusion that is there already, and
+                adapters without a part that can be fused.
+        """
+        wanted = members.split(",") if isinstance(members, str) else list(members)
+        for name in wanted:
+            self._check_known(name)
+        key, config = ",".join(wanted), config or FusionConfig()
+        if key in self.fusions:
+            raise UserError(f"fusion {key!r} exists already: delete it first")
+        device = next(self.parameters()).device
+        made = {
+            slot: config.create(slot.site)
+            for slot in slots_of(self).values()
+            if any(
+                hasattr(slot.adapter_layer[n], "begin") for n in wanted if n in slot.adapter_layer
+            )
+        }
+        if not made:
+            raise UserError(
+                f"fusion {key!r}: none of its adapters is a bottleneck, which is what can be fused"
+            )
+        for slot, module in made.items():
+            module.name = key
+            slot.fusion_layer[key] = module.to(device).train(slot.training)
+        self.fusions[key] = config
+        return key
+
+    def delete_fusion(self, key: str) -> None:
+        """Removes a fusion; a composition that uses it is switched off first."""
+        if key not in self.fusions:
+            have = ", ".join(self.fusions) or "none"
+            raise UserError(f"no fusion is called {key!r}: this model has {have}")
+        if key in {fuse.name for fuse in fusions(self._plan.composition)}:
+            self.set_active(None)
+        for slot in slots_of(self).values():
+            if key in slot.fusion_layer:
+                del slot.fusion_layer[key]
+        del self.fusions[key]
+
+    def fusion_layers(self, key: str) -> Iterator[tuple[str, Slot, nn.Module]]:
+        """(slot path, slot, fusion layer) for every slot in which the fusion has one."""
+        if key not in self.fusions:
+            have = ", ".join(self.fusions) or "none"
+            raise UserError(f"no fusion is called {key!r}: this model has {have}")
+        for path, slot in slots_of(self).items():
+            if key in slot.fusion_layer:
+                yield path, slot, slot.fusion_layer[key]
+
+    def fusion_state(self, key: str) -> dict[str, Tensor]:
+        """A fusion's weights by `<slot path>.<parameter>`."""
+        return {
+            f"{path}.{name}": value.detach()
+            for path, _, layer in self.fusion_layers(key)
+            for name, value in layer.state_dict(keep_vars=True).items()
+        }
+
+    def load_fusion_state(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Copies weights into a fusion.
+
+        Raises:
+            UserError: as `load_adapter_state`.
+        """
+        _copy_state(self.fusion_state(key), state, f"fusion {key!r}")
+
+    def fusion_loss(self) -> Tensor:
+        """The regularisation of the active fusions' value matrices, a scalar."""
+        layers = [
+            layer
+            for key in {fuse.name for fuse in fusions(self.active)}
+            for _, _, layer in self.fusion_layers(key)
+        ]
+        device = next(self.parameters()).device
+        return sum((layer.loss() for layer in layers), start=torch.zeros((), device=device))  # type: ignore[operator]
+
+    # ---- parts
 
     def parts(self, name: str) -> Iterator[tuple[str, Slot, Part]]:
         """(slot path, slot, part) for every slot in which the adapter has one."""
@@ -128,12 +285,9 @@ class AdapterModel(nn.Module):
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's own parameters by name, whatever adapters stand in for them at the moment."""
         for name, parameter in self.named_parameters(remove_duplicate=False):  # a copy is in two
-            if ".adapter_layer." not in name and not name.startswith("replacements."):
+            own = ".adapter_layer." in name or ".fusion_layer." in name
+            if not own and not name.startswith("replacements."):
                 yield name, self.replacements.originals.get(name, parameter)
-
-    def prompt_length(self, name: str) -> int:
-        """Virtual tokens of an adapter: 0 for methods that have none."""
-        return int(getattr(self.adapters[name], "virtual_tokens", 0))
 
     @property
     def label_head(self) -> str | None:
@@ -177,43 +331,54 @@ class AdapterModel(nn.Module):
         Raises:
             UserError: naming every tensor that is missing, unknown or of another shape.
         """
-        own = self.adapter_state(name)
-        mistakes = [f"missing {key}" for key in own.keys() - state.keys()]
-        mistakes += [f"unknown {key}" for key in state.keys() - own.keys()]
-        mistakes += [
-            f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        ]
-        if mistakes:
-            shown = "; ".join(sorted(mistakes)[:6])
-            more = f"; and {len(mistakes) - 6} more" if len(mistakes) > 6 else ""
-            raise UserError(f"the weights do not fit adapter {name!r} on this model: {shown}{more}")
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(state[key])
+        _copy_state(self.adapter_state(name), state, f"adapter {name!r}")
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter's method and settings as plain values, for a file; the kind of its head."""
         self._check_known(name)
-        config: Any = self.adapters[name]
         head = {} if self.head_of(name) is None else {"head": self.label_head}
-        return {"method": type(config).__name__, **asdict(config), **head}
+        return {**settings_of(self.adapters[name]), **head}
 
     def freeze_base(self) -> None:
         """Freezes every weight that is not an adapter's; adapters' and their heads' become
         trainable."""
+        self.train_only(self.adapters)
+
+    def train_only(self, adapters: Iterable[str] = (), fusions: Iterable[str] = ()) -> None:
+        """Makes the parameters of these adapters, their heads and these fusions trainable, and
+        freezes everything else."""
         self.requires_grad_(False)
-        for name in self.adapters:
+        for name in adapters:
             for _, _, part in self.parts(name):
-                part.requires_grad_(True)
+                part.unfreeze()
             for parameter in self.replacements.of(name).values():
                 parameter.requires_grad_(True)
             head = self.head_of(name)
             if head is not None:
                 head.requires_grad_(True)
+        for key in fusions:
+            for _, _, layer in self.fusion_layers(key):
+                layer.requires_grad_(True)
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:
             have = ", ".join(self.adapters) or "none"
             raise UserError(f"no adapter is called {name!r}: this model has {have}")
+
+
+def _copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Copies `state` into `own`; a UserError names what is missing, unknown or of another shape."""
+    mistakes = [f"missing {key}" for key in own.keys() - state.keys()]
+    mistakes += [f"unknown {key}" for key in state.keys() - own.keys()]
+    mistakes += [
+        f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if mistakes:
+        shown = "; ".join(sorted(mistakes)[:6])
+        more = f"; and {len(mistakes) - 6} more" if len(mistakes) > 6 else ""
+        raise UserError(f"the weights do not fit {what} on this model: {shown}{more}")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])

@@ -32,14 +32,26 @@ class Part(nn.Module, ABC):
     """What one adapter does in one slot: `forward(call) -> output`, of the shape of `call.output`.
 
     Weights may be wider than the activations (float32 beside bfloat16): a part computes in the type
-    of its input. `unmergeable` says why a part cannot be merged into the base's weights, if so.
+    of its input. `unmergeable` says why a part cannot be merged into the base's weights, if so;
+    `unsuited` why it has no meaning in a block of a composition, by the block's name. `whole_row`:
+    what it does at a token depends on tokens behind it. `adapter` and `site` are set when it is
+    added to a model.
     """
 
     unmergeable: str | None = "it computes what the weights of a projection cannot hold"
+    unsuited: ClassVar[dict[str, str]] = {}
+    whole_row: bool = False
+    adapter: str = ""
+    site: Site
+    method: Any = None  # of a union's methods the one that made it
 
     @abstractmethod
     def forward(self, call: SlotCall) -> Tensor:
         """The slot's new output."""
+
+    def unfreeze(self) -> None:
+        """Makes trainable what is trained."""
+        self.requires_grad_(True)
 
     def attach(self, sublayer: nn.Module) -> None:
         """Gives a new part the sublayer that owns its slot, in case it reads the base's weights."""
@@ -73,6 +85,7 @@ class MethodSettings:
     Args:
         layer_selection: layers that get parts, numbered from 1 over the whole model; None: all.
             What lies before the first layer is no layer: it is always selected.
+        leave_out: layers without parts, numbered from 0 (AdapterHub's `leave_out`).
         weight_tying: the parts of all layers of a stack at one place share their weights.
         position_embedding_strategy: how a tied part learns which layer it is in
             (`methods.tied.LayerPosition`); None: not at all.
@@ -85,6 +98,7 @@ class MethodSettings:
     takes_position: ClassVar[bool] = False  # whether the method's parts can be told their layer
 
     layer_selection: tuple[int, ...] | None = None
+    leave_out: tuple[int, ...] = ()
     weight_tying: bool = False
     position_embedding_strategy: str | None = None
 
@@ -101,10 +115,22 @@ class MethodSettings:
         if not self.weight_tying:
             raise UserError(f"{key} tells tied layers apart: set weight_tying=True, or null here")
 
+    @property
+    def columns(self) -> int:
+        """Virtual tokens that the method puts before every row."""
+        return getattr(self, "virtual_tokens", 0)
+
+    @property
+    def shift(self) -> int:
+        """By how much the positions of a row's own tokens move back."""
+        return self.columns
+
     def selects(self, site: Site) -> bool:
         """Whether the method may have a part at a site."""
         chosen = self.layer_selection
-        return chosen is None or site.layer < 0 or site.layer + 1 in chosen
+        if site.layer < 0 or site.name == "lm_input":
+            return True
+        return site.layer not in self.leave_out and (chosen is None or site.layer + 1 in chosen)
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot at this site, or None where the method has none."""

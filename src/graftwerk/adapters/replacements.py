@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from graftwerk.adapters.composition import Composition, names, widening
+from graftwerk.adapters.composition import BLOCKS, Composition, Stack, below, names
 from graftwerk.errors import UserError
 
 
@@ -39,23 +39,28 @@ class Replacements(nn.Module):
         held: nn.ParameterDict = self.copies[name]  # type: ignore[assignment]
         return {key.replace("/", "."): value for key, value in held.items()}
 
+    def check(self, composition: Composition | str | None) -> None:
+        """Raises a UserError where an adapter with copies is in any block but a `Stack`."""
+        blocks = tuple(block for block in BLOCKS.values() if block is not Stack)
+        for name in names(composition):
+            if name in self.copies and name in below(composition, *blocks):
+                raise UserError(
+                    f"{composition}: {name} trains parameters of the base itself, which all rows "
+                    f"of a batch share: it can be in a Stack only"
+                )
+
     def set_active(self, model: nn.Module, composition: Composition | str | None) -> None:
         """Puts the originals back, then the copies of the active adapters in their place.
 
         Raises:
-            UserError: where adapters side by side have copies, or two have one of the same.
+            UserError: where two adapters have a copy of the same.
         """
         active = [name for name in names(composition) if name in self.copies]
-        if active and widening(composition) & set(active):
-            raise UserError(
-                f"{composition!r}: {active[0]} trains parameters of the base itself, which all "
-                f"rows of a batch share: it cannot be in a Parallel"
-            )
         wanted: dict[str, nn.Parameter] = {}
         for name in active:
             own = self.of(name)
             if common := wanted.keys() & own.keys():
-                raise UserError(f"{composition!r}: two adapters have their own {min(common)}")
+                raise UserError(f"{composition}: two adapters have their own {min(common)}")
             wanted |= own
         for key, parameter in self.originals.items():
             _put(model, key, parameter)

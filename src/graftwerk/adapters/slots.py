@@ -4,12 +4,13 @@ A layer is born with its slots, empty. An adapter is a set of *parts*, one for e
 method matches; a part is a module `(SlotCall) -> output`. A slot knows no method and no model.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graftwerk.adapters.mixin import AdapterSlotMixin
 
@@ -58,45 +59,181 @@ class Site:
     feeds: str | None = None
 
 
+@dataclass
+class Record:
+    """What parts say of themselves in a pass: name -> layer -> place -> values.
+
+    `gates`: [B] or [B, n]; `fusions`: the weight of each child, [B, S, children].
+    """
+
+    gates: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    fusions: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What all slots of one forward pass share.
+
+    `actions`: what each slot does, by its key. `offset`: the number, among the row's tokens, of the
+    first column (negative: columns of prompts). `rows` [B]: the rows' numbers in the batch that the
+    composition means, where some have left it. `task_ids` [B]: each row's task. `record`: where
+    parts note what they are asked to.
+    """
+
+    actions: Mapping[str, "Action"] = field(default_factory=dict)
+    offset: int = 0
+    rows: Tensor | None = None
+    task_ids: Tensor | None = None
+    record: Record | None = None
+
+
 @dataclass(slots=True)
 class SlotCall:
     """All that a part may read. Leading dimensions are [batch, sequence].
 
     `output`: what the sublayer made, to be changed. `input`: what went into the sublayer or the
     projection. `residual`: the residual stream before the sublayer's result is added. `norm`: the
-    layer norm that follows the addition, in post-norm models. `bias`: the bias that `output`
-    already includes. `positions`: [batch or 1, sequence]. `virtual`: how many of the first columns
-    are virtual tokens, for a prompt to fill.
+    layer norm that follows the addition, in post-norm models. `dropout`: the one that the result
+    still has to go through. `bias`: what `output` already includes of the sublayer's own: the bias
+    of a projection, the vectors of positions. `positions`: [batch or 1, sequence]. `virtual`: how
+    many of the first columns are virtual tokens, for prompts to fill; `start`: the part's first.
+    `joined`: `output` is the layer's next state already, with nothing to be added. `seen`
+    [batch, rows] or None: which rows of a prefix there are.
     """
 
     output: Tensor
+    flow: Flow = field(default_factory=Flow)
     input: Tensor | None = None
     residual: Tensor | None = None
     norm: nn.Module | None = None
+    dropout: nn.Module | None = None
     bias: Tensor | None = None
     positions: Tensor | None = None
     virtual: int = 0
+    start: int = 0
+    joined: bool = False
+    seen: Tensor | None = None
+
+    def drop(self) -> None:
+        """Takes `output` through the sublayer's dropout, unless that was done."""
+        if self.dropout is not None:
+            self.output, self.dropout = self.dropout(self.output), None
+
+    def join(self) -> None:
+        """Adds `output` to the residual stream and normalises, unless that was done."""
+        self.drop()
+        if not self.joined:
+            assert self.residual is not None
+            x = self.residual + self.output
+            self.output, self.joined = (x if self.norm is None else self.norm(x)), True
+
+    def rows_at(self, index: Tensor) -> "SlotCall":
+        """The call of some of the batch's rows, by their numbers [n]."""
+        batch = self.output.shape[0]
+        index = index.to(self.output.device)
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or (tensor.shape[0] == 1 and batch != 1):
+                return tensor  # all rows share it
+            return tensor[index]
+
+        return self._cut(cut)
 
     def chunks(self, n: int) -> list["SlotCall"]:
         """The calls of `n` equal runs of batch rows."""
+        size = self.output.shape[0] // n
 
-        def cut(tensor: Tensor | None) -> list[Tensor | None]:
-            if tensor is None or tensor.shape[0] == 1 < self.output.shape[0]:
-                return [tensor] * n
-            return list(tensor.chunk(n))
+        def cut(tensor: Tensor | None, run: int) -> Tensor | None:
+            if tensor is None or tensor.shape[0] != n * size:
+                return tensor  # all copies of the batch share it
+            return tensor[run * size : (run + 1) * size]
 
-        parts = (cut(self.output), cut(self.input), cut(self.residual), cut(self.positions))
-        return [
-            replace(self, output=output, input=input, residual=residual, positions=positions)
-            for output, input, residual, positions in zip(*parts, strict=True)
-        ]
+        return [self._cut(lambda tensor, run=run: cut(tensor, run)) for run in range(n)]
+
+    def _cut(self, cut: Callable[[Tensor | None], Tensor | None]) -> "SlotCall":
+        flow = self.flow
+        if flow.rows is not None or flow.task_ids is not None:
+            flow = replace(flow, rows=cut(flow.rows), task_ids=cut(flow.task_ids))
+        output = cut(self.output)
+        assert output is not None
+        return replace(
+            self,
+            output=output,
+            flow=flow,
+            input=cut(self.input),
+            residual=cut(self.residual),
+            positions=cut(self.positions),
+            seen=cut(self.seen),
+        )
+
+    def columns_at(self, part: slice) -> "SlotCall":
+        """The call of some of each row's columns."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, part]
+
+        return replace(
+            self,
+            output=self.output[:, part],
+            flow=replace(self.flow, offset=self.flow.offset + part.start),
+            input=cut(self.input),
+            residual=cut(self.residual),
+            positions=cut(self.positions),
+            virtual=min(max(self.virtual - part.start, 0), part.stop - part.start),
+        )
+
+    def agree(self, calls: Sequence["SlotCall"]) -> None:
+        """Brings calls that ran apart to the same point, and this one with them."""
+        if any(call.joined for call in calls):
+            for call in calls:
+                call.join()
+        elif any(call.dropout is None for call in calls):
+            for call in calls:
+                call.drop()
+        self.joined, self.dropout = calls[0].joined, calls[0].dropout
+
+    def gather(
+        self, calls: Sequence["SlotCall"], order: Tensor | None = None, dim: int = 0
+    ) -> Tensor:
+        """The outputs of calls that ran apart, one after the other, then in `order` if given."""
+        self.agree(calls)
+        if dim == 0:
+            _pad_prefixes(calls)
+        if dim == 0 and any(call.seen is not None for call in calls):
+            self.seen = _ordered(torch.cat([_seen(call) for call in calls]), order)
+        return _ordered(torch.cat([call.output for call in calls], dim), order)
+
+
+Action = Callable[[SlotCall], Tensor]
+
+
+def _ordered(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None else tensor[order]
+
+
+def _seen(call: SlotCall) -> Tensor:
+    if call.seen is not None:
+        return call.seen
+    return torch.ones(call.output.shape[:2], dtype=torch.bool, device=call.output.device)
+
+
+def _pad_prefixes(calls: Sequence[SlotCall]) -> None:
+    """Makes prefixes of different lengths equally long: what is put before them is not seen."""
+    lengths = [call.output.shape[1] for call in calls if call.output.ndim == 3]
+    if len(set(lengths)) < 2:
+        return
+    for call in calls:
+        missing = max(lengths) - call.output.shape[1]
+        call.seen = F.pad(_seen(call), (missing, 0), value=False)
+        call.output = F.pad(call.output, (0, 0, missing, 0))
 
 
 class Slot(AdapterSlotMixin, nn.Module):
     """One place in a model. Free of cost while nothing is active in it.
 
-    `adapter_layer` holds the parts by adapter name. `active` is what the model's composition comes
-    to at this slot: it is resolved when the composition is set, never in a forward pass.
+    `adapter_layer` holds the parts by adapter name, `fusion_layer` the fusions by theirs. `key`
+    tells the slots of a model apart. What a slot does comes with each pass, as the `Flow` that the
+    model makes of its composition; `active` is what the model's own composition comes to.
     """
 
     adapter_layer: nn.ModuleDict
@@ -104,25 +241,68 @@ class Slot(AdapterSlotMixin, nn.Module):
     def __init__(self, site: Site):
         super().__init__()
         self.site = site
+        self.key = f"{site.stack}.{site.layer}.{site.name}"
         self.adapter_layer = nn.ModuleDict()
-        self.active: Callable[[SlotCall], Tensor] | None = None
+        self.fusion_layer = nn.ModuleDict()
+        self.active: Action | None = None
 
     def forward(
         self,
         output: Tensor,
+        flow: Flow,
         input: Tensor | None = None,
-        residual: Tensor | None = None,
-        norm: nn.Module | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
         virtual: int = 0,
     ) -> Tensor:
-        if self.active is None:
+        action = flow.actions.get(self.key)
+        if action is None:
             return output
-        return self.active(SlotCall(output, input, residual, norm, bias, positions, virtual))
+        call = SlotCall(output, flow, input, bias=bias, positions=positions, virtual=virtual)
+        return action(call)
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, layer {self.site.layer}"
+
+
+class JoinSlot(Slot):
+    """A slot at the end of a sublayer: it joins the result to the residual stream as well."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        output: Tensor,
+        flow: Flow,
+        input: Tensor,
+        residual: Tensor,
+        dropout: nn.Module,
+        norm: nn.Module | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """`norm(residual + dropout(output))`, with what is active in between."""
+        action = flow.actions.get(self.key)
+        if action is None:
+            x = residual + dropout(output)
+            return x if norm is None else norm(x)
+        call = SlotCall(output, flow, input, residual, norm, dropout, bias, positions)
+        call.output = action(call)
+        call.join()
+        return call.output
+
+
+class PrefixSlot(Slot):
+    """A slot whose output are rows that come before keys and values."""
+
+    def rows(self, like: Tensor, flow: Flow, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Rows [B, P, 2 kv] and which of them there are ([B, P]; None: all); None for no prefix.
+
+        `like` [B, 0, 2 kv]; `input` [B, S, h]: what goes into the attention.
+        """
+        action = flow.actions.get(self.key)
+        if action is None:
+            return None
+        call = SlotCall(like, flow, input)
+        return action(call), call.seen
 
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:

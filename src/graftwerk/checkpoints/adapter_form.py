@@ -4,14 +4,17 @@ The settings of one lie flat, those of several in a list `adapters`, and the key
 begin with the adapter's name.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from graftwerk.adapters.configs import METHODS, MethodConfig
+from graftwerk.adapters import configs
+from graftwerk.adapters.configs import METHODS, MethodConfig, UnionConfig
+from graftwerk.adapters.model import AdapterModel
 from graftwerk.errors import UserError
 
 FORMAT = "graftwerk"
@@ -32,10 +35,24 @@ class SavedAdapter:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter file holds; `extra` are values beside the adapters (base, steps, ...)."""
+    """What an adapter file holds; `extra` are values beside the adapters (base, steps, ...).
+
+    A file of another library names modules of its own models. Until a model of ours says where
+    those are, `config` tells what can be told without (the method, `virtual_tokens`, `head`) and
+    `state` has the file's names; `fit` gives the adapters under ours.
+    """
 
     adapters: list[SavedAdapter]
     extra: dict[str, Any] = field(default_factory=dict)
+    fit: Callable[[AdapterModel], list[SavedAdapter]] | None = None
+
+    def on(self, model: AdapterModel) -> "AdapterFile":
+        """The file under the names of ours, as it is on a model.
+
+        Raises:
+            UserError: where it is made for another model, or holds what ours cannot.
+        """
+        return self if self.fit is None else replace(self, adapters=self.fit(model), fit=None)
 
 
 def joined(
@@ -99,7 +116,7 @@ def listed(
 def _own(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter's method with all of its settings, and the kind of its head."""
     head = {"head": settings["head"]} if settings.get("head") is not None else {}
-    return {"method": settings.get("method"), **asdict(method_of(settings, path)), **head}
+    return {**configs.settings_of(method_of(settings, path)), **head}
 
 
 def method_class(config: Mapping[str, Any], path: str | Path) -> type[MethodConfig]:
@@ -113,6 +130,8 @@ def method_class(config: Mapping[str, Any], path: str | Path) -> type[MethodConf
 def method_of(config: Mapping[str, Any], path: str | Path) -> MethodConfig:
     """The method that a file's settings describe; what they leave out has its default."""
     method = method_class(config, path)
+    if method is UnionConfig:
+        return _union_of(config, path)
     check_kinds(method, config, str(path))
     given = {each.name: config[each.name] for each in fields(method) if each.name in config}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -122,24 +141,41 @@ def method_of(config: Mapping[str, Any], path: str | Path) -> MethodConfig:
         raise UserError(f"{path}: {error}") from None
 
 
+def _union_of(config: Mapping[str, Any], path: str | Path) -> MethodConfig:
+    each = config.get("configs")
+    plain = isinstance(each, list | tuple) and all(isinstance(one, dict) for one in each)
+    if not plain or any(one.get("method") == UnionConfig.__name__ for one in each or ()):
+        raise UserError(f"{path}: configs must list the methods of a union, none of them a union")
+    methods = tuple(method_of(one, path) for one in each or ())
+    try:
+        return UnionConfig(configs=methods)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def check_kinds(method: type[MethodConfig], config: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError for a value that is of another kind than its field's default."""
+    """Raises a UserError for a value that is of another kind than its field's type."""
+    kinds = get_type_hints(method)
     for each in fields(method):
         if each.name in config:
-            value, default = config[each.name], each.default
-            if default is MISSING and each.default_factory is not MISSING:
-                default = each.default_factory()
-            if not _alike(tuple(value) if isinstance(value, list) else value, default):
+            value = config[each.name]
+            if not _fits(tuple(value) if isinstance(value, list) else value, kinds[each.name]):
                 raise UserError(f"{where}: {each.name}={value!r} is no value that can be used")
 
 
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a field's default: numbers, text, names."""
-    if default is None:  # a number, text, or numbers of layers
-        layers = isinstance(value, tuple) and all(type(number) is int for number in value)
-        return value is None or isinstance(value, str | int | float) or layers
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-    if isinstance(default, int | float) and not isinstance(default, bool):
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value is one of a field's type; any number is one of a number's."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inside)
+    if origin is Literal:
+        return any(_fits(value, type(each)) for each in inside)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inside[0]) for each in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(
+            _fits(key, inside[0]) and _fits(each, inside[1]) for key, each in value.items()
+        )
+    if kind in (int, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, type(default))
+    return kind is Any or isinstance(value, kind)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graftwerk.adapters.composition import branches
 from graftwerk.generation.prefill import check, prefill
 from graftwerk.generation.sampling import Sampling, uniforms_of
 from graftwerk.models import BERT, GPT, T5
@@ -50,13 +52,16 @@ def complete(
     stop: Stop | None = None,
     progress: Progress = lambda finished: None,
     numbers: Sequence[int] | None = None,
+    task_ids: Sequence[int] | None = None,
 ) -> list[Continuation]:
     """Continues each prompt, in the prompts' order.
 
-    Prompts of similar length share a batch; a row that is finished leaves it.
+    Prompts of similar length share a batch; a row that is finished leaves it. A row with adapters
+    of which what they do at a token depends on those behind it is read anew with each token.
 
     Args:
-        model: in eval mode, with whatever adapters are active (no `Parallel`).
+        model: in eval mode, with whatever adapters are active. Under a `Parallel` each prompt is
+            continued by each child: n times as many results, child after child.
         prompts: token ids, at least one each; of a T5, the encoder's input.
         sampling: how tokens are chosen, and how many; the model's positions may end a row before
             `tokens_to_generate`. Its `end_strings` are text: `stop` looks for them.
@@ -66,19 +71,28 @@ def complete(
         progress: is called with the number of rows that a batch finished.
         numbers: one a prompt; with the seed it says what chance makes of the row. None: the
             prompt's place.
+        task_ids: the child of a `MultiTask` for each prompt.
 
     Raises:
         UserError: for a BERT, an empty prompt, and one that fills all the model's positions.
     """
     check(model, prompts)
     assert not isinstance(model, BERT)
+    if model.width > 1:
+        more = (sampling, eos_ids, batch_size, stop, progress, numbers, task_ids)
+        found: list[Continuation] = []
+        for branch in branches(model.active):
+            with model.setup(branch, model.plan.skip_layers):
+                found += complete(model, prompts, *more)
+        return found
     numbers = range(len(prompts)) if numbers is None else numbers
     eos_ids = frozenset(eos_ids)
     results = [Continuation() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = _Batch(model, [prompts[row] for row in rows], sampling, eos_ids, stop)
+    make, size = (_WholeRow, 1) if model.plan.whole_row else (_Batch, batch_size)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        batch = make(model, [prompts[row] for row in rows], sampling, eos_ids, stop, rows, task_ids)
         batch.run([results[row] for row in rows], [numbers[row] for row in rows])
         progress(len(rows))
     return results
@@ -94,10 +108,16 @@ class _Batch:
         sampling: Sampling,
         eos_ids: frozenset[int],
         stop: Stop | None,
+        rows: list[int],
+        task_ids: Sequence[int] | None = None,
     ):
         self.model, self.sampling, self.eos_ids, self.stop = model, sampling, eos_ids, stop
         self.device = next(model.parameters()).device
-        first = prefill(model, prompts, self.device)
+        self.task_ids: Tensor | None = None
+        if task_ids is not None:
+            self.task_ids = torch.tensor([task_ids[row] for row in rows], device=self.device)
+        numbers = torch.tensor(rows, device=self.device)
+        first = prefill(model, prompts, self.device, numbers, self.task_ids)
         self.logits, self.cache = first.logits, first.cache
         lengths = [len(tokens) for tokens in first.read]
         self.lengths = torch.tensor(lengths, device=self.device)
@@ -129,9 +149,14 @@ class _Batch:
                 self._keep(keep)
             if self.seen is not None:
                 self.seen.scatter_(1, chosen[:, None], True)
-            positions = self.lengths[:, None]
+            self._read(chosen)
             self.lengths = self.lengths + 1
-            self.logits = self.model(chosen[:, None], positions, cache=self.cache)[:, 0]
+
+    def _read(self, chosen: Tensor) -> None:
+        """Takes up the chosen tokens [B]: the logits of those behind them."""
+        positions = self.lengths[:, None]
+        more: dict[str, Any] = {"cache": self.cache, "task_ids": self.task_ids}
+        self.logits = self.model(chosen[:, None], positions, **more)[:, 0]
 
     def _choose(self, step: int, uniforms: Tensor | None) -> Tensor:
         """The next token of each row [B]."""
@@ -162,5 +187,24 @@ class _Batch:
         """Keeps these rows; those that are finished leave."""
         self.cache.keep(rows)
         self.lengths = self.lengths[rows]
+        self.task_ids = None if self.task_ids is None else self.task_ids[rows]
         self.rooms = [self.rooms[place] for place in rows.tolist()]
         self.seen = None if self.seen is None else self.seen[rows]
+
+
+class _WholeRow(_Batch):
+    """A batch of one row that is read from its beginning each time."""
+
+    def __init__(self, model: GPT | T5, prompts: list[Sequence[int]], *more: Any):
+        super().__init__(model, prompts, *more)
+        self.prompt = torch.tensor([list(prompts[0])], device=self.device)
+        start = [] if isinstance(model, GPT) else [model.config.decoder_start_token_id]
+        self.tokens = torch.tensor([start], dtype=torch.long, device=self.device)
+
+    def _read(self, chosen: Tensor) -> None:
+        self.tokens = torch.cat([self.tokens, chosen[:, None]], 1)
+        if isinstance(self.model, T5):
+            row = self.model(self.tokens, source=self.prompt, task_ids=self.task_ids)
+        else:
+            row = self.model(torch.cat([self.prompt, self.tokens], 1), task_ids=self.task_ids)
+        self.logits = row[:, -1]

@@ -39,16 +39,31 @@ def check(model: GPT | T5 | BERT, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def prefill(model: GPT | T5, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefill:
-    """Reads the prompts, at least one token each."""
-    if isinstance(model, T5):
-        return _prefill_t5(model, prompts, device)
-    return _prefill_gpt(model, prompts, device)
+def prefill(
+    model: GPT | T5,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    numbers: Tensor | None = None,
+    task_ids: Tensor | None = None,
+) -> Prefill:
+    """Reads the prompts, at least one token each; `numbers` and `task_ids` [B] are the rows'."""
+    t5 = isinstance(model, T5)
+    config = model.config
+    cache = KeyValueCache(config.decoder_num_layers if t5 else config.num_layers)
+    cache.rows = numbers
+    if t5:
+        return _prefill_t5(model, prompts, device, cache, task_ids)
+    return _prefill_gpt(model, prompts, device, cache, task_ids)
 
 
-def _prefill_gpt(model: GPT, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefill:
+def _prefill_gpt(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    cache: KeyValueCache,
+    task_ids: Tensor | None,
+) -> Prefill:
     """Prompts padded on the left, so that all rows go on in the same column."""
-    cache = KeyValueCache(model.config.num_layers)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     tokens = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts])
@@ -60,13 +75,18 @@ def _prefill_gpt(model: GPT, prompts: Sequence[Sequence[int]], device: torch.dev
         end = torch.where(index >= padding, forever, index + 1)
     positions = (index - padding).clamp(min=0)
     last = torch.arange(1, len(prompts) + 1, device=device) * width - 1
-    logits = model(tokens.to(device), positions, end, cache, select=last)
+    logits = model(tokens.to(device), positions, end, cache, select=last, task_ids=task_ids)
     return Prefill(logits, list(prompts), cache)
 
 
-def _prefill_t5(model: T5, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefill:
+def _prefill_t5(
+    model: T5,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    cache: KeyValueCache,
+    task_ids: Tensor | None,
+) -> Prefill:
     """Prompts padded on the right into the encoder, the start token into the decoder."""
-    cache = KeyValueCache(model.config.decoder_num_layers)
     width = max(len(prompt) for prompt in prompts)
     source = torch.tensor([[*prompt] + [0] * (width - len(prompt)) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -75,5 +95,6 @@ def _prefill_t5(model: T5, prompts: Sequence[Sequence[int]], device: torch.devic
         documents = torch.where(torch.arange(width) < lengths[:, None], 0, -1).to(device)
     start = model.config.decoder_start_token_id
     tokens = torch.full((len(prompts), 1), start, device=device)
-    logits = model(tokens, cache=cache, source=source.to(device), source_documents=documents)
+    encoder = {"source": source.to(device), "source_documents": documents}
+    logits = model(tokens, cache=cache, task_ids=task_ids, **encoder)
     return Prefill(logits[:, -1], [[start]] * len(prompts), cache)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.adapters.model import AdapterModel
+from graftwerk.adapters.slots import Flow, Site, Slot
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Context, Embedding
@@ -20,6 +21,10 @@ class Transformer(AdapterModel):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
+        layers = config.num_layers + (
+            config.decoder_num_layers if config.architecture == "t5" else 0
+        )
+        self.lm_input = Slot(Site("lm_input", layers, config.hidden_size, config.hidden_size))
 
     def add_output_layer(self) -> None:
         """Gives the model its own output weights, or the bias beside tied ones, if it has them."""
@@ -39,6 +44,14 @@ class Transformer(AdapterModel):
             else self.output_layer(x, weight)
         )
 
+    def word_states(self, x: Tensor, flow: Flow, select: Tensor | None = None) -> Tensor:
+        """States behind the last norm [B, S, h] as the vocabulary projection reads them."""
+        return self.selected(self.lm_input(x, flow), select)
+
+    def reads_words(self, flow: Flow) -> bool:
+        """Whether an adapter changes states before the vocabulary projection."""
+        return self.lm_input.key in flow.actions
+
     def selected(self, x: Tensor, select: Tensor | None) -> Tensor:
         """[B, S, h] -> the positions [N] that `select` names, of each copy of the batch: [n N, h].
 
@@ -52,7 +65,7 @@ class Transformer(AdapterModel):
     def longest(self) -> int:
         """The most tokens of a row: the model's positions less those of prompts; 0: no limit."""
         limit = self.config.max_position_embeddings
-        return max(limit - self.virtual_tokens, 1) if limit else 0
+        return max(limit - self.plan.shift, 1) if limit else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,28 +112,33 @@ class OutputLayer(nn.Module):
 
 def with_virtual(
     count: int,
+    shift: int,
     tokens: Tensor,
     positions: Tensor | None,
     end: Tensor | None,
     select: Tensor | None,
-    first: bool = True,
+    held: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The arguments of a pass with `count` virtual tokens in front of each row.
 
-    Everything else moves back by as many, its positions too. They are seen by all, so rows of
-    several documents share them. On later passes of a cache (`first` False) they are there already.
+    Everything else moves back by as many, and its positions by `shift`. Virtual tokens are seen by
+    all, so rows of several documents share them. On later passes of a cache, which has `held`
+    columns, they are there already.
     """
-    length = tokens.shape[1]
+    length, first = tokens.shape[1], not held
     forever = torch.iinfo(torch.int64).max
+    if positions is None and shift != count:
+        start = 0 if first else held - count
+        positions = torch.arange(start, start + length, device=tokens.device)[None]
     if positions is not None:
-        positions = positions + count
+        positions = positions + shift
     if end is not None:
         end = end.clamp(max=forever - count) + count
-    if first:
+    if first and count:
         tokens = F.pad(tokens, (count, 0))
         if positions is not None:
-            ahead = torch.arange(count, device=tokens.device).expand(len(positions), -1)
-            positions = torch.cat([ahead, positions], 1)
+            ahead = torch.arange(count, device=tokens.device).clamp(max=max(shift - 1, 0))
+            positions = torch.cat([ahead.expand(len(positions), -1), positions], 1)
         if end is not None:
             end = torch.cat([end.new_full((len(end), count), forever), end], 1)
         if select is not None:

@@ -1,9 +1,13 @@
 """The encoder: BERT and RoBERTa by `TransformerConfig` alone, and their heads."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.heads import Heads
+from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Transformer, with_virtual
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import ACTIVATIONS, Context, Layers, make_norm
@@ -30,6 +34,9 @@ class BERT(Transformer):
         documents: Tensor | None = None,
         token_types: Tensor | None = None,
         select: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """What the head makes of the hidden states.
 
@@ -40,6 +47,7 @@ class BERT(Transformer):
                 document without padding.
             token_types: [B, S]; None: all 0.
             select: [N] flat indices into B*S that reach the head (`masked_lm`, `tagging`, none).
+            task_ids, record: as in `GPT.forward`.
 
         Returns:
             No head: [B, S, h]. `masked_lm`: [B, S, V]. `tagging`: [B, S, labels]; each [N, ...]
@@ -47,22 +55,32 @@ class BERT(Transformer):
             scores of all rows, then end scores; -inf at padding. n times as many rows under a
             `Parallel` of n.
         """
-        x = self.hidden_states(tokens, positions, documents, token_types)
+        x, flow = self._run(tokens, positions, documents, token_types, task_ids, record)
         kind = self.config.head
         if kind == "classification":
-            assert self.head is not None
-            return self.head(self.pooled(x))
+            return self._answer(self.pooled(x), flow)
         if kind == "question_answering":
-            assert self.head is not None
-            scores = self.head(x)
+            scores = self._answer(x, flow)
             if documents is not None:
                 padding = (documents < 0).repeat(len(x) // len(documents), 1)
                 scores = scores.masked_fill(padding[..., None], float("-inf"))
             return scores.permute(2, 0, 1).flatten(0, 1)
-        x = self.selected(x, select)
         if isinstance(self.head, MaskedLMHead):
-            return self.head(x, self.embedding.word_embeddings.weight)
-        return x if self.head is None else self.head(x)
+            inverse = self.lm_input if self.reads_words(flow) else None
+            x = x if inverse is not None else self.selected(x, select)
+            x = self.head.transformed(x)
+            if inverse is not None:
+                x = self.selected(inverse(x, flow), select)
+            return self.head.words(x, self.embedding.word_embeddings.weight)
+        x = self.selected(x, select)
+        return x if self.head is None else self._answer(x, flow)
+
+    def _answer(self, x: Tensor, flow: Flow) -> Tensor:
+        """What the head for labels makes of [..., h]: the model's own, or the active adapters'."""
+        assert self.head is not None
+        if isinstance(self.head, Heads):
+            return self.head(x, self.plan.head, flow)
+        return self.head(x)
 
     def hidden_states(
         self,
@@ -70,24 +88,40 @@ class BERT(Transformer):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         token_types: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """[B, S, h] behind the last layer; arguments as in `forward`."""
-        virtual = self.virtual_tokens
-        if virtual:
-            tokens, positions, _, _ = with_virtual(virtual, tokens, positions, None, None)
+        return self._run(tokens, positions, documents, token_types, task_ids, record)[0]
+
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        token_types: Tensor | None,
+        task_ids: Tensor | None,
+        record: Record | None,
+    ) -> tuple[Tensor, Flow]:
+        plan = self.plan
+        virtual = plan.virtual_tokens
+        if virtual or plan.shift:
+            arguments = with_virtual(virtual, plan.shift, tokens, positions, None, None)
+            tokens, positions, _, _ = arguments
             token_types = None if token_types is None else F.pad(token_types, (virtual, 0))
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        context = Context(positions)
+        context = Context(positions, flow=self.flow(task_ids, record, offset=-virtual))
         if documents is not None:
             context.mask = same_document(documents, virtual)
-        if self.widen_at == -1:
-            tokens = tokens.repeat(self.width, 1)
-            token_types = None if token_types is None else token_types.repeat(self.width, 1)
-            context.widen(self.width)
-        x = self.embedding(tokens, context.positions, token_types, virtual)
-        x = self.encoder(x, context, self.width, self.widen_at)[:, virtual:]
-        return self.encoder.finish(x)
+        if plan.widen_at == -1:
+            tokens = tokens.repeat(plan.width, 1)
+            token_types = None if token_types is None else token_types.repeat(plan.width, 1)
+            context.widen(plan.width)
+        x = self.embedding(tokens, context.positions, context.flow, token_types, virtual)
+        x = self.encoder(x, context, plan.width, plan.widen_at)[:, virtual:]
+        return self.encoder.finish(x), replace(context.flow, offset=0)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The first token's state, [B, S, h] -> [B, h], through the pooler where there is one."""
@@ -118,10 +152,17 @@ class MaskedLMHead(nn.Module):
         if not config.share_embeddings_and_output_weights:
             self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def transformed(self, x: Tensor) -> Tensor:
+        """What comes before the vocabulary projection: [..., h] -> [..., h]."""
+        return self.layernorm(self.activation(self.dense(x)))
+
+    def words(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """The vocabulary projection: [..., h] and the word embeddings [V, h] -> [..., V]."""
+        return F.linear(x, embeddings if self.decoder is None else self.decoder.weight, self.bias)
+
     def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
         """[..., h] and the word embeddings [V, h] -> [..., V]."""
-        x = self.layernorm(self.activation(self.dense(x)))
-        return F.linear(x, embeddings if self.decoder is None else self.decoder.weight, self.bias)
+        return self.words(self.transformed(x), embeddings)
 
 
 class LabelHead(nn.Module):

@@ -20,6 +20,7 @@ class KeyValueCache:
         self.end: Tensor | None = None
         self.positions: Tensor | None = None
         self.cross_mask: Tensor | None = None  # [B, 1, 1, E]: which source tokens are no padding
+        self.rows: Tensor | None = None  # [B]: the rows' numbers, for a `BatchSplit`
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
@@ -56,5 +57,6 @@ class KeyValueCache:
         self.cross = [kept(pair) for pair in self.cross]
         self.end = None if self.end is None else self.end[rows]
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
+        self.rows = rows if self.rows is None else self.rows[rows]
         if self.positions is not None and len(self.positions) > 1:
             self.positions = self.positions[rows]

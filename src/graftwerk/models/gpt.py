@@ -1,7 +1,10 @@
 """The decoder-only model: GPT-2, LLaMA and their kin by `TransformerConfig` alone."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
+from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Transformer, decoder_context, with_virtual
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
@@ -23,6 +26,9 @@ class GPT(Transformer):
         end: Tensor | None = None,
         cache: KeyValueCache | None = None,
         select: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -34,22 +40,52 @@ class GPT(Transformer):
             cache: keys and values of earlier tokens; it takes up the new ones.
             select: [N] flat indices into B*S: only these positions reach the final norm and the
                 output layer.
+            task_ids: [B] the child of a `MultiTask` for each row.
+            record: takes up what adapters say of themselves (`adapters.slots.Record`).
 
         Returns:
             [B, S, V], or [N, V] under `select`. Under an active `Parallel` of n children the batch
             is n*B rows, child after child, and `select` holds for each child: n*N rows.
         """
-        virtual = self.virtual_tokens
-        first = cache is None or not cache.length
-        if virtual:
-            arguments = with_virtual(virtual, tokens, positions, end, select, first)
-            tokens, positions, end, select = arguments
-        columns = virtual if first else 0
+        x, flow = self._run(tokens, positions, end, cache, task_ids, record)
+        if self.reads_words(flow):
+            return self.logits(self.word_states(self.decoder.finish(x), flow, select))
+        return self.logits(self.decoder.finish(self.selected(x, select)))
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        end: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """[B, S, h] behind the last norm; arguments as in `forward`."""
+        x, _ = self._run(tokens, positions, end, None, task_ids, record)
+        return self.decoder.finish(x)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        end: Tensor | None,
+        cache: KeyValueCache | None,
+        task_ids: Tensor | None,
+        record: Record | None,
+    ) -> tuple[Tensor, Flow]:
+        """States of the row's own tokens behind the last layer, and what slots were told."""
+        plan, held = self.plan, cache.length if cache is not None else 0
+        virtual = plan.virtual_tokens
+        if virtual or plan.shift:
+            arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
+            tokens, positions, end, _ = arguments
+        columns = 0 if held else virtual
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
-        if self.widen_at == -1:
-            tokens = tokens.repeat(self.width, 1)
-            context.widen(self.width)
-        x = self.embedding(tokens, context.positions, virtual=columns)
-        x = self.decoder(x, context, self.width, self.widen_at)
-        x = x[:, columns:] if select is None else self.selected(x, select)
-        return self.logits(self.decoder.finish(x))
+        context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual)
+        if plan.widen_at == -1:
+            tokens = tokens.repeat(plan.width, 1)
+            context.widen(plan.width)
+        x = self.embedding(tokens, context.positions, context.flow, virtual=columns)
+        x = self.decoder(x, context, plan.width, plan.widen_at)
+        return x[:, columns:], replace(context.flow, offset=context.flow.offset + columns)

@@ -5,13 +5,13 @@ h hidden_size, d head size. Nothing here knows of parallelism: sizes that tensor
 are read off the weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.adapters.slots import Rows, Site, Slot, Split, widen
+from graftwerk.adapters.slots import Flow, JoinSlot, PrefixSlot, Rows, Site, Slot, Split, widen
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.positions import rotate
@@ -38,10 +38,13 @@ class Context:
     text is longer. `scores` [1, heads, S, K] are added before the softmax (relative positions).
     `positions` [B or 1, S]. `rotary` is (cos, sin), each [B or 1, S, 1, rotary size]. `cache` holds
     keys and values between passes. `states` [B, E, h] are the encoder's, seen where `states_mask`
-    [B, 1, 1 or S, E] is True.
+    [B, 1, 1 or S, E] is True. `flow` is what slots are told, `source_flow` those that read encoder
+    states.
     """
 
     positions: Tensor
+    flow: Flow = field(default_factory=Flow)
+    source_flow: Flow = field(default_factory=Flow)
     mask: Tensor | None = None
     causal: bool = False
     window_mask: Tensor | None = None
@@ -63,6 +66,7 @@ class Context:
         if self.rotary is not None and self.rotary[0].shape[0] > 1:
             cos, sin = self.rotary
             self.rotary = torch.cat([cos] * n), torch.cat([sin] * n)
+        self.flow, self.source_flow = widened(self.flow, n), widened(self.source_flow, n)
 
     def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:
         """What `scaled_dot_product_attention` is given: the mask (or scores), and `is_causal`."""
@@ -73,6 +77,18 @@ class Context:
             assert not causal, "scores come with a mask"
             return (self.scores if mask is None else _masked(self.scores, mask)), False
         return mask, causal
+
+
+def widened(flow: Flow, n: int) -> Flow:
+    """What slots are told of a batch that is repeated `n` times."""
+    if flow.rows is None and flow.task_ids is None:
+        return flow
+    return replace(flow, rows=repeated(flow.rows, n), task_ids=repeated(flow.task_ids, n))
+
+
+def repeated(tensor: Tensor | None, n: int) -> Tensor | None:
+    """`n` copies of a tensor, one after the other."""
+    return None if tensor is None else torch.cat([tensor] * n)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
@@ -131,13 +147,14 @@ class Attention(nn.Module):
         self.value = slot("value", hidden, key, values)
         self.keys = slot("keys", key, key, keys)
         self.values = slot("values", key, key, values)
-        self.prefix = Slot(Site("prefix", number, hidden, 2 * key, "column", 2, stack))
+        self.prefix = PrefixSlot(Site("prefix", number, hidden, 2 * key, "column", 2, stack))
         self.output = slot("output", query, hidden, Rows("linear_proj"), "row")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
-        query, key, value = self.project(x)
-        key, value = self.keys(key), self.values(value)
+        flow = context.flow
+        query, key, value = self.project(x, flow)
+        key, value = self.keys(key, flow), self.values(value, flow)
         query = query.unflatten(-1, (-1, self.head_size))
         key = key.unflatten(-1, (-1, self.head_size))
         value = value.unflatten(-1, (-1, self.head_size))
@@ -149,8 +166,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
         mask, causal = context.seen(self.windowed)
-        if self.prefix.active is not None:
-            key, value, mask = put_prefix(self.prefix, key, value, mask, causal)
+        if self.prefix.key in flow.actions:
+            key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal)
             causal = False
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
@@ -163,17 +180,17 @@ class Attention(nn.Module):
             enable_gqa=self.heads_per_group > 1,
         )
         attended = attended.transpose(1, 2).flatten(2)
-        return self.output(self.linear_proj(attended), input=attended)
+        return self.output(self.linear_proj(attended), flow, attended)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, h] -> queries [B, S, heads d], keys and values [B, S, groups d]."""
-        fused = self.qkv(self.linear_qkv(x), input=x)
+        fused = self.qkv(self.linear_qkv(x), flow, x)
         fused = fused.unflatten(-1, (-1, self.heads_per_group + 2, self.head_size))
         query, key, value = fused.split([self.heads_per_group, 1, 1], dim=3)
         return (
-            self.query(query.flatten(2), input=x),
-            self.key(key.flatten(2), input=x),
-            self.value(value.flatten(2), input=x),
+            self.query(query.flatten(2), flow, x),
+            self.key(key.flatten(2), flow, x),
+            self.value(value.flatten(2), flow, x),
         )
 
 
@@ -205,23 +222,24 @@ class CrossAttention(nn.Module):
         self.value = slot("cross_value", hidden, key, values)
         self.keys = slot("cross_keys", key, key, keys)
         self.values = slot("cross_values", key, key, values)
-        self.prefix = Slot(Site("cross_prefix", number, hidden, 2 * key, "column", 2, stack))
+        self.prefix = PrefixSlot(Site("cross_prefix", number, hidden, 2 * key, "column", 2, stack))
         self.output = slot("cross_output", query, hidden, Rows("linear_proj"), "row")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
-        query = self.query(self.linear_q(x), input=x).unflatten(-1, (-1, self.head_size))
+        flow = context.flow
+        query = self.query(self.linear_q(x), flow, x).unflatten(-1, (-1, self.head_size))
         cache = context.cache
         held = None if cache is None else cache.cross[self.layer]
         if held is None:
             assert context.states is not None, "encoder states are given, or in the cache"
-            held = self.project(context.states)
+            held = self.project(context.states, context.source_flow)
             if cache is not None:
                 cache.cross[self.layer] = held
         key, value = held
         mask = context.states_mask
-        if self.prefix.active is not None:
-            key, value, mask = put_prefix(self.prefix, key, value, mask, causal=False)
+        if self.prefix.key in flow.actions:
+            key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal=False)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -232,28 +250,45 @@ class CrossAttention(nn.Module):
             enable_gqa=self.heads_per_group > 1,
         )
         attended = attended.transpose(1, 2).flatten(2)
-        return self.output(self.linear_proj(attended), input=attended)
+        return self.output(self.linear_proj(attended), flow, attended)
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, states: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
         """Encoder states [B, E, h] -> keys and values, each [B, E, groups, d]."""
         key, value = self.linear_kv(states).unflatten(-1, (-1, 2, self.head_size)).unbind(3)
-        key = self.keys(self.key(key.flatten(2), input=states))
-        value = self.values(self.value(value.flatten(2), input=states))
+        key = self.keys(self.key(key.flatten(2), flow, states), flow)
+        value = self.values(self.value(value.flatten(2), flow, states), flow)
         return key.unflatten(-1, (-1, self.head_size)), value.unflatten(-1, (-1, self.head_size))
 
 
 def put_prefix(
-    slot: Slot, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+    slot: PrefixSlot,
+    flow: Flow,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values [B, K, groups, d] with the slot's before them, and a mask that shows them."""
-    batch, seen, groups, size = key.shape
-    rows = slot(key.new_empty(batch, 0, 2 * groups * size))
+    """Keys and values [B, K, groups, d] with the slot's before them, and a mask that shows them.
+
+    x [B, S, h] is what goes into the attention.
+    """
+    batch, held, groups, size = key.shape
+    made = slot.rows(key.new_empty(batch, 0, 2 * groups * size), flow, x)
+    assert made is not None
+    rows, seen = made
     length = rows.shape[1]
     rows = rows.unflatten(-1, (2, groups, size))
     if causal:
-        mask = torch.ones(seen, seen, dtype=torch.bool, device=key.device).tril()
+        mask = torch.ones(held, held, dtype=torch.bool, device=key.device).tril()
+    if mask is None and seen is not None:
+        mask = torch.ones(1, held, dtype=torch.bool, device=key.device)
     if mask is not None:
         mask = F.pad(mask, (length, 0), value=1 if mask.dtype == torch.bool else 0)
+    if seen is not None:
+        assert mask is not None
+        shown = F.pad(seen, (0, held), value=True)[:, None, None]
+        mask = mask & shown if mask.dtype == torch.bool else _masked(mask, shown)
     return torch.cat([rows[:, :, 0], key], 1), torch.cat([rows[:, :, 1], value], 1), mask
 
 
@@ -291,16 +326,16 @@ class MLP(nn.Module):
         fc2 = Rows("linear_fc2")
         self.fc2 = Slot(Site("fc2", number, inner, hidden, "row", stack=stack, rows=fc2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, flow: Flow) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
-        inner = self.fc1(self.linear_fc1(x), input=x)
+        inner = self.fc1(self.linear_fc1(x), flow, x)
         if self.gate is not None and self.up is not None:
             gate, up = inner.chunk(2, -1)
-            inner = self.activation(self.gate(gate, input=x)) * self.up(up, input=x)
+            inner = self.activation(self.gate(gate, flow, x)) * self.up(up, flow, x)
         else:
             inner = self.activation(inner)
-        inner = self.inner(inner, input=x)
-        return self.fc2(self.linear_fc2(inner), input=inner)
+        inner = self.inner(inner, flow, x)
+        return self.fc2(self.linear_fc2(inner), flow, inner)
 
 
 class TransformerLayer(nn.Module):
@@ -318,63 +353,67 @@ class TransformerLayer(nn.Module):
         post = config.transformer_block_type == "post_ln"
         self.input_layernorm = None if post else make_norm(config)
         self.self_attention = Attention(config, layer, number, stack)
-        self.attention_output = Slot(Site("attention_output", number, hidden, hidden, stack=stack))
+        self.attention_output = JoinSlot(
+            Site("attention_output", number, hidden, hidden, stack=stack)
+        )
         self.post_attention_layernorm = make_norm(config) if post else None
         self.cross_attention = None
         if cross:
             self.pre_cross_attention_layernorm = make_norm(config)
             self.cross_attention = CrossAttention(config, layer, number, stack)
-            self.cross_attention_output = Slot(
+            self.cross_attention_output = JoinSlot(
                 Site("cross_attention_output", number, hidden, hidden, stack=stack)
             )
         self.pre_mlp_layernorm = None if post or config.shared_layernorm else make_norm(config)
         self.mlp = MLP(config, number, stack)
-        self.mlp_output = Slot(Site("mlp_output", number, hidden, hidden, stack=stack))
+        self.mlp_output = JoinSlot(Site("mlp_output", number, hidden, hidden, stack=stack))
         self.post_mlp_layernorm = make_norm(config) if post else None
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.output = Slot(Site("layer_output", number, hidden, hidden, stack=stack))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
         normed = x if self.input_layernorm is None else self.input_layernorm(x)
         residual = x
-        attended = self.attention_output(
+        x = self.attention_output(
             self.self_attention(normed, context),
-            input=normed,
-            residual=x,
-            norm=self.post_attention_layernorm,
-            bias=self.self_attention.linear_proj.bias,
-            positions=context.positions,
+            context.flow,
+            normed,
+            x,
+            self.dropout,
+            self.post_attention_layernorm,
+            self.self_attention.linear_proj.bias,
+            context.positions,
         )
-        x = x + self.dropout(attended)
-        if self.post_attention_layernorm is not None:
-            x = self.post_attention_layernorm(x)
         if self.cross_attention is not None:
             x = self._across(x, self.cross_attention, context)
         if self.pre_mlp_layernorm is not None:
             normed = self.pre_mlp_layernorm(residual if self.parallel_residual else x)
         elif self.post_attention_layernorm is not None:
             normed = x
-        changed = self.mlp_output(
-            self.mlp(normed),
-            input=normed,
-            residual=x,
-            norm=self.post_mlp_layernorm,
-            bias=self.mlp.linear_fc2.bias,
-            positions=context.positions,
+        x = self.mlp_output(
+            self.mlp(normed, context.flow),
+            context.flow,
+            normed,
+            x,
+            self.dropout,
+            self.post_mlp_layernorm,
+            self.mlp.linear_fc2.bias,
+            context.positions,
         )
-        x = x + self.dropout(changed)
-        return x if self.post_mlp_layernorm is None else self.post_mlp_layernorm(x)
+        return self.output(x, context.flow, positions=context.positions)
 
     def _across(self, x: Tensor, attention: CrossAttention, context: Context) -> Tensor:
         normed = self.pre_cross_attention_layernorm(x)
-        attended = self.cross_attention_output(
+        return self.cross_attention_output(
             attention(normed, context),
-            input=normed,
-            residual=x,
+            context.flow,
+            normed,
+            x,
+            self.dropout,
             bias=attention.linear_proj.bias,
             positions=context.positions,
         )
-        return x + self.dropout(attended)
 
 
 class Layers(nn.Module):
@@ -450,6 +489,7 @@ class Embedding(nn.Module):
             self.token_type_embeddings = Lookup(config.num_token_types, hidden)
         if config.embedding_layernorm:
             self.layernorm = make_norm(config)
+        self.words = Slot(Site("word_embedding", -1, hidden, hidden))
         self.output = Slot(Site("embedding", -1, hidden, hidden))
         self.dropout = nn.Dropout(config.embedding_dropout)
 
@@ -457,6 +497,7 @@ class Embedding(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
+        flow: Flow,
         types: Tensor | None = None,
         virtual: int = 0,
     ) -> Tensor:
@@ -467,6 +508,7 @@ class Embedding(nn.Module):
         x = self.word_embeddings(tokens)
         if self.projection is not None:
             x = self.projection(x)
+        x = self.words(x, flow, virtual=virtual)
         if self.token_type_embeddings is not None:
             if types is None:
                 types = torch.zeros_like(tokens)
@@ -475,4 +517,4 @@ class Embedding(nn.Module):
             x = x + self.position_embeddings(positions + self.position_offset)
         if self.layernorm is not None:
             x = self.layernorm(x)
-        return self.dropout(self.output(x, positions=positions, virtual=virtual))
+        return self.dropout(self.output(x, flow, positions=positions, virtual=virtual))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Transformer, decoder_context
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
@@ -45,6 +46,8 @@ class T5(Transformer):
         *,
         source: Tensor | None = None,
         source_documents: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """Logits of the next target token.
 
@@ -54,52 +57,100 @@ class T5(Transformer):
             source: [B, E] the encoder's input. With a cache it is given on the first pass only.
             source_documents: [B, E] number of each source token's document, -1 for padding; targets
                 see document 0. None: one document without padding.
+            task_ids, record: as in `GPT.forward`.
 
         Returns:
             [B, S, V], or [N, V] under `select`; n times as many rows under a `Parallel` of n.
         """
+        x, flow = self._run(
+            tokens, positions, end, cache, source, source_documents, task_ids, record
+        )
+        if self.reads_words(flow):
+            return self.logits(self.word_states(self.decoder.finish(x), flow, select))
+        return self.logits(self.decoder.finish(self.selected(x, select)))
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        end: Tensor | None = None,
+        *,
+        source: Tensor | None = None,
+        source_documents: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """[B, S, h] of the decoder behind the last norm; arguments as in `forward`."""
+        x, _ = self._run(tokens, positions, end, None, source, source_documents, task_ids, record)
+        return self.decoder.finish(x)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        end: Tensor | None,
+        cache: KeyValueCache | None,
+        source: Tensor | None,
+        source_documents: Tensor | None,
+        task_ids: Tensor | None,
+        record: Record | None,
+    ) -> tuple[Tensor, Flow]:
+        """The decoder's states behind its last layer, and what slots were told."""
+        plan, held = self.plan, cache.length if cache is not None else 0
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
-        wide = False  # whether the encoder has repeated the batch already
+        rows = cache.rows if cache is not None else None
+        context.flow = self.flow(task_ids, record, rows, held)
+        context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens)
+        wide = plan.widen_at is not None and plan.widen_at < self.config.num_layers
         if source is not None:
-            context.states = self.encode(source, source_documents)
+            context.states = self._encode(source, source_documents, context.source_flow)
             if source_documents is not None:
-                seen = F.pad(source_documents == 0, (self.virtual_tokens, 0), value=True)
+                seen = F.pad(source_documents == 0, (plan.virtual_tokens, 0), value=True)
                 context.states_mask = seen[:, None, None]
             if cache is not None:
                 cache.cross_mask = context.states_mask
-            wide = len(context.states) > len(tokens)
         elif cache is not None:
             context.states_mask = cache.cross_mask
-            wide = self.widen_at is not None and self.widen_at < self.config.num_layers
-        if wide:
-            tokens = tokens.repeat(self.width, 1)
-            states, context.states = context.states, None  # these are wide
-            context.widen(self.width)
+        if wide:  # the encoder has repeated the batch already
+            tokens = tokens.repeat(plan.width, 1)
+            states, context.states = context.states, None
+            context.widen(plan.width)
             context.states = states
         self._add_relative_scores(context, tokens.shape[1])
-        x = self.embedding(tokens, context.positions)
-        x = self.decoder(x, context, self.width, self.widen_at)
-        return self.logits(self.decoder.finish(self.selected(x, select)))
+        x = self.embedding(tokens, context.positions, Flow())  # its slots are the encoder's
+        return self.decoder(x, context, plan.width, plan.widen_at), context.flow
 
-    def encode(self, source: Tensor, documents: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        source: Tensor,
+        documents: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
         """Encoder states [B, E, h] of source tokens [B, E]; arguments as in `forward`.
 
         Those of active prompts come first: v + E states. Under a `Parallel` that begins in the
         encoder they are n*B rows.
         """
-        virtual = self.virtual_tokens
+        flow = self.flow(task_ids, record, offset=-self.virtual_tokens)
+        return self._encode(source, documents, flow)
+
+    def _encode(self, source: Tensor, documents: Tensor | None, flow: Flow) -> Tensor:
+        plan = self.plan
+        virtual = plan.virtual_tokens
         source = F.pad(source, (virtual, 0))
         positions = torch.arange(source.shape[1], device=source.device)[None]
-        context = Context(positions)
+        context = Context(positions, flow=flow)
         if documents is not None:
             context.mask = same_document(documents, virtual)
         if self.encoder.relative_position is not None:
             context.scores = self.encoder.relative_position(source.shape[1], source.shape[1])
-        if self.widen_at == -1:
-            source = source.repeat(self.width, 1)
-            context.widen(self.width)
-        x = self.embedding(source, context.positions, virtual=virtual)
-        return self.encoder.finish(self.encoder(x, context, self.width, self.widen_at))
+        if plan.widen_at == -1:
+            source = source.repeat(plan.width, 1)
+            context.widen(plan.width)
+        x = self.embedding(source, context.positions, context.flow, virtual=virtual)
+        return self.encoder.finish(self.encoder(x, context, plan.width, plan.widen_at))
 
     def _add_relative_scores(self, context: Context, new: int) -> None:
         relative = self.decoder.relative_position

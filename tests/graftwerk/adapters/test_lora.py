@@ -140,7 +140,7 @@ def test_a_dora_is_the_length_of_each_row_times_its_direction():
     direction = linear.weight + 2 * part.linear_out.weight @ part.linear_in.weight
     rows = direction / direction.norm(dim=1, keepdim=True)
     expected = x @ (part.magnitude[:, None] * rows).T + linear.bias
-    torch.testing.assert_close(slot(linear(x), input=x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slot(linear(x), model.flow(), x), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def test_a_merged_base_takes_another_adapter_and_remembers_what_it_was():
     merged = merge(model)
     model.set_active("b")
     assert difference(run(model), expected) < 1e-5
-    with pytest.raises(UserError, match=r"'a' is merged already"):
+    with pytest.raises(UserError, match="a is merged already"):
         merged.put()
     merged.undo()
     model.set_active(Stack("a", "b"))

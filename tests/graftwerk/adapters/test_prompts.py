@@ -254,7 +254,7 @@ def test_tied_layers_share_their_weights_and_save_them_once():
 
 def test_parameters_of_the_base_cannot_be_replaced_side_by_side_or_twice():
     model = make("llama", a=METHODS["selective"], b=METHODS["selective"], c=IA3Config())
-    with pytest.raises(UserError, match="cannot be in a Parallel"):
+    with pytest.raises(UserError, match="can be in a Stack only"):
         model.set_active(Parallel("a", "c"))
     with pytest.raises(UserError, match="two adapters have their own"):
         model.set_active(Stack("a", "b"))

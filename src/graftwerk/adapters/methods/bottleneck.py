@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.fusion import Start
 from graftwerk.adapters.methods.tied import LayerPosition
 from graftwerk.adapters.part import MethodSettings, Part, PartLinear, initialise
 from graftwerk.adapters.slots import Site, SlotCall
@@ -102,14 +103,27 @@ class Bottleneck(Part):
         if self.position is not None:
             self.position.place(index, count)
 
-    def forward(self, call: SlotCall) -> Tensor:
+    def begin(self, call: SlotCall, query_before_norm: bool | None = None) -> Start:
+        """The result before its bias, which is a fusion's query too, and the result."""
         x = call.output if call.bias is None else call.output - call.bias
+        return Start(x, call.output, x)
+
+    def update(self, call: SlotCall, z: Tensor) -> Tensor:
+        """What the adapter adds for an input z."""
         if self.position is not None:
-            x = self.position.enter(x)
-        inner = self.layer_norm(x) if self.norm_first else x
+            z = self.position.enter(z)
+        inner = self.layer_norm(z) if self.norm_first else z
         inner = self.linear_out(F.silu(self.linear_in(inner)))
         if not self.norm_first:
             inner = self.layer_norm(inner)
         if self.position is not None:
             inner = self.position.leave(inner)
-        return call.output + self.dropout(inner)
+        return self.dropout(inner)
+
+    def finish(self, call: SlotCall, hidden: Tensor) -> Tensor:
+        """The slot's output as it is."""
+        return hidden
+
+    def forward(self, call: SlotCall) -> Tensor:
+        start = self.begin(call)
+        return self.finish(call, start.residual + self.update(call, start.inner))

@@ -11,9 +11,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graftwerk.adapters.methods.projection import Projection
 from graftwerk.adapters.methods.tied import LayerPosition
 from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, initialise
-from graftwerk.adapters.slots import Rows, Site, SlotCall
+from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
 # NeMo's target names and the slots that they stand for: fused, and with a part of its own each.
@@ -210,47 +211,25 @@ class DoRA(LoRA):
 
     def __init__(self, site: Site, config: LoRAConfig):
         super().__init__(site, config)
-        assert site.rows is not None, "DoRA needs a slot of a projection"
-        self.rows: Rows = site.rows
-        self._sublayer: tuple[nn.Module, ...] = ()  # in a tuple: it is no child of the part
-        self._length: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+        self.projection = Projection(site, f"{KEY}dora")
         self.magnitude = nn.Parameter(torch.empty(site.out_features))
 
     def attach(self, sublayer: nn.Module) -> None:
-        self._sublayer = (sublayer,)
-        if not self._linear().weight.is_floating_point():
-            raise UserError(
-                f"{KEY}dora=True reads the base's weights, which are quantised: use dora=False, or "
-                f"a base in full precision"
-            )
-        self.magnitude = nn.Parameter(self._measure().float())
+        self.projection.attach(sublayer)
+        self.magnitude = nn.Parameter(self.projection.lengths(self.delta()).detach().float())
 
     def forward(self, call: SlotCall) -> Tensor:
         gain = (self.magnitude / self.length()).to(call.output.dtype)
-        linear = self._linear()  # a row-split one adds its bias behind the slot
-        made = call.output if linear.bias is None else call.output - self._own("bias")
+        bias = self.projection.bias()  # a row-split one adds its bias behind the slot
+        made = call.output if bias is None else call.output - bias
         return call.output + (gain - 1) * made + gain * self.update(call)
 
     def length(self) -> Tensor:
         """The length of each row of W + scale B A, [out], without a gradient; kept until one of
         the three changes."""
-        tensors = (self._linear().weight, self.linear_in.weight, self.linear_out.weight)
-        state = tuple(number for t in tensors for number in (id(t), t._version))
-        if state != self._length[0]:
-            self._length = state, self._measure()
-        return self._length[1]
-
-    @torch.no_grad()
-    def _measure(self) -> Tensor:
-        delta = self.delta()
-        return torch.linalg.vector_norm(self._own("weight").to(delta) + delta, dim=1)
-
-    def _linear(self) -> nn.Linear:
-        return getattr(self._sublayer[0], self.rows.linear)
-
-    def _own(self, name: str) -> Tensor:
-        """The slot's rows of the projection's weight [out, in], or its bias [out]."""
-        return self.rows.of(getattr(self._linear(), name)).flatten(0, 2)
+        return self.projection.kept_lengths(
+            (self.linear_in.weight, self.linear_out.weight), self.delta
+        )
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         return (self.magnitude / self.length())[:, None] * super().merged_weight(weight)

@@ -5,13 +5,20 @@ layers share makes them; its last projection is each layer's own.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from graftwerk.adapters.methods.activations import ACTIVATIONS, check_activation
+from graftwerk.adapters.methods.gate import Gate, note_gate
 from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, share_parameters
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
+
+KEY = "model.prefix_tuning."
+Relative = Literal["none", "keys", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +27,21 @@ class PrefixTuningConfig(MethodSettings):
 
     h is the hidden size, kv the features of all keys, b the bottleneck. Parameters: without
     `reparametrise` 2 p kv a layer; with it p h + h b + b once for all layers, and 2 kv (b + 1) a
-    layer.
+    layer. A gate has h + 1 more a layer, 2 (h + 1) where keys and values have one each.
+
+    Args:
+        dropout: of the rows, for each example apart, in training.
+        init_std: deviation of what the network reads at birth; without it, of the rows.
+        cross_prefix, encoder_prefix: before what a T5's decoder sees of the source, and in its
+            encoder. One of the decoder's own attention there always is.
+        cross_shares: cross-attention has the rows of the layer's self-attention (peft).
+        use_gating: the rows are multiplied with a scalar for each example, of what goes into the
+            attention; `shared_gating` False: keys and values with one each.
+        non_linearity: the network's, by AdapterHub's names.
+        shifts_positions: the row's own tokens stand behind the prefix (peft); False: the prefix
+            has no positions.
+        relative_positions: what a T5's table of distances says of it. `none`: nothing. `keys`
+            (AdapterHub): keys move back by p and queries do not. `both` (peft): both do.
     """
 
     prefix_length: int = 30
@@ -28,17 +49,38 @@ class PrefixTuningConfig(MethodSettings):
     reparametrise: bool = True
     dropout: float = 0.0
     init_std: float = 0.02
-    cross_prefix: bool = True  # before the encoder states of a T5's decoder too
+    cross_prefix: bool = True
+    encoder_prefix: bool = True
+    cross_shares: bool = False
+    use_gating: bool = False
+    shared_gating: bool = True
+    non_linearity: str = "tanh"
+    shifts_positions: bool = False
+    relative_positions: Relative = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prefix_length < 1:
-            raise UserError(f"model.prefix_tuning.prefix_length={self.prefix_length}: at least 1")
+            raise UserError(f"{KEY}prefix_length={self.prefix_length}: at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"{KEY}dropout={self.dropout}: must be from 0 up to below 1")
+        if self.relative_positions not in ("none", "keys", "both"):
+            raise UserError(
+                f"{KEY}relative_positions={self.relative_positions!r}: use none, keys or both"
+            )
+        check_activation(self.non_linearity, f"{KEY}non_linearity")
+
+    @property
+    def shift(self) -> int:
+        return self.prefix_length if self.shifts_positions else 0
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
-        places = ("prefix", "cross_prefix") if self.cross_prefix else ("prefix",)
-        return Prefix(site, self) if site.name in places else None
+        wanted = {
+            "prefix": self.encoder_prefix or site.stack != "encoder",
+            "cross_prefix": self.cross_prefix,
+        }
+        return Prefix(site, self) if wanted.get(site.name, False) else None
 
     def tie(self, parts: list[tuple[Site, Part]]) -> None:
         super().tie(parts)
@@ -47,51 +89,95 @@ class PrefixTuningConfig(MethodSettings):
             owner = first.setdefault(f"{site.name} {site.stack}", part)
             if self.reparametrise and owner is not part:
                 share_parameters(owner.get_submodule("encoder"), part.get_submodule("encoder"))
+        own = {site.layer: part for site, part in parts if site.name == "prefix"}
+        for site, part in parts:
+            if self.cross_shares and site.name == "cross_prefix" and site.layer in own:
+                share_parameters(own[site.layer], part)
+        for _, part in parts:  # a BERT's encoder is all that it has
+            if isinstance(part, Prefix) and all(site.stack == "encoder" for site, _ in parts):
+                part.place_name = "self_prefix"
 
 
 class Encoder(nn.Module):
-    """What all layers share: p vectors of the hidden size through a linear layer and tanh."""
+    """What all layers share: p vectors of the hidden size through a linear layer and a function."""
 
     def __init__(self, hidden_size: int, config: PrefixTuningConfig):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(config.prefix_length, hidden_size))
         nn.init.normal_(self.embedding, std=config.init_std)
         self.linear_in = nn.Linear(hidden_size, config.bottleneck_dim)
+        self.function = ACTIVATIONS[config.non_linearity.lower()]
 
     def forward(self) -> Tensor:
         """[p, b]."""
-        return torch.tanh(self.linear_in(self.embedding))
+        return self.function(self.linear_in(self.embedding))
 
 
 class Prefix(Part):
-    """Appends p rows [key; value] of 2 kv features to those that are there already."""
+    """Puts p rows [key; value] of 2 kv features before those that are there already."""
+
+    unsuited: ClassVar[dict[str, str]] = {
+        "Split": "a prefix stands before all tokens of a row",
+        "Average": "prefixes are rows of their own, which have no mean",
+    }
 
     def __init__(self, site: Site, config: PrefixTuningConfig):
         super().__init__()
+        self.place_name = f"{_KINDS[site.name, site.stack]}_prefix"
         self.dropout = nn.Dropout(config.dropout)
-        self.encoder = self.linear_out = None
+        self.encoder = self.linear_out = self.gate = None
         if config.reparametrise:
             self.encoder = Encoder(site.in_features, config)
             self.linear_out = PartLinear(config.bottleneck_dim, site.out_features)
         else:
             self.rows = nn.Parameter(torch.empty(config.prefix_length, site.out_features))
             nn.init.normal_(self.rows, std=config.init_std)
+        if config.use_gating:
+            self.gate = Gate(site.in_features, 1 if config.shared_gating else 2)
+            self.whole_row = True
+
+    def made(self) -> Tensor:
+        """The rows, [p, 2 kv]."""
+        if self.encoder is not None and self.linear_out is not None:
+            return self.linear_out(self.encoder())
+        return self.rows
 
     def forward(self, call: SlotCall) -> Tensor:
-        if self.encoder is not None and self.linear_out is not None:
-            rows = self.linear_out(self.encoder())
-        else:
-            rows = self.rows
-        rows = self.dropout(rows).to(call.output.dtype)
-        return torch.cat([call.output, rows.expand(call.output.shape[0], -1, -1)], 1)
+        rows = self.made().to(call.output.dtype)
+        rows = self.dropout(rows.expand(call.output.shape[0], -1, -1))
+        if self.gate is not None:
+            rows = rows * self._factors(call)
+        if call.seen is not None:
+            call.seen = F.pad(call.seen, (rows.shape[1], 0), value=True)
+        return torch.cat([rows, call.output], 1)
+
+    def _factors(self, call: SlotCall) -> Tensor:
+        """The gates of keys and of values, [B, 1, 2 kv]."""
+        assert self.gate is not None
+        assert call.input is not None, "a gate reads what comes in"
+        gate = self.gate(call.input)
+        note_gate(self, call, self.place_name, gate)
+        size = call.output.shape[-1]
+        keys_and_values = gate.expand(-1, 2) if gate.shape[1] == 1 else gate
+        return keys_and_values.repeat_interleave(size // 2, 1)[:, None]
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """Split with the heads that they serve: keys apart from values."""
+        partial = Layout(partial_grad=True)
+        gates = {} if self.gate is None else {"gate.weight": partial, "gate.bias": partial}
         if self.linear_out is None:
-            return {"rows": Layout(dim=1, blocks=2)}
+            return gates | {"rows": Layout(dim=1, blocks=2)}
         shared = ("embedding", "linear_in.weight", "linear_in.bias")
-        return {
-            **{f"encoder.{name}": Layout(partial_grad=True) for name in shared},
+        return gates | {
+            **{f"encoder.{name}": partial for name in shared},
             "linear_out.weight": Layout(dim=0, blocks=2),
             "linear_out.bias": Layout(dim=0, blocks=2),
         }
+
+
+# AdapterHub's names of what prefixes stand before.
+_KINDS = {
+    ("prefix", "encoder"): "encoder",
+    ("prefix", "decoder"): "self",
+    ("cross_prefix", "decoder"): "cross",
+}

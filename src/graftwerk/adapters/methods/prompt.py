@@ -2,11 +2,12 @@
 
 Prompt tuning trains the vectors themselves (Lester et al. 2021, arXiv:2104.08691). P-tuning makes
 them by a small network from smaller ones (Liu et al. 2021, arXiv:2103.10385; NeMo's
-`PromptEncoderAdapter`). They replace the embedding of a virtual token, its position included.
+`PromptEncoderAdapter`). In the slot `embedding` they replace all that an embedding is, position
+and norm included (NeMo, AdapterHub); in `word_embedding` the word alone (peft).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +17,57 @@ from graftwerk.adapters.part import MethodSettings, Part
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
+PLACES = ("embedding", "word_embedding")
+Place = Literal["embedding", "word_embedding"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(MethodSettings):
-    """`virtual_tokens` trained vectors of the hidden size h: v h parameters."""
+    """`virtual_tokens` v trained vectors of the hidden size h: v h parameters.
+
+    Args:
+        place: the slot, `embedding` or `word_embedding`.
+        shifts_positions: the row's own tokens stand behind the prompt; False: learned positions
+            are as without it (AdapterHub).
+        prompt_init: how vectors are born. `normal`: with deviation `init_std`; `random_uniform`
+            (AdapterHub): from -0.5 to 0.5; `from_string`: the embeddings of the tokens of
+            `prompt_init_text`, which whoever adds the adapter gives to `PromptTuning.begin_with`.
+        combine: AdapterHub's: before a row, or behind its first token. Without shifted positions
+            an encoder makes the same of both; no other model takes `prefix_after_bos`.
+    """
 
     virtual_tokens: int = 10
     init_std: float = 0.023
+    place: Place = "embedding"
+    shifts_positions: bool = True
+    prompt_init: Literal["normal", "random_uniform", "from_string"] = "normal"
+    prompt_init_text: str | None = None
+    combine: Literal["prefix", "prefix_after_bos"] = "prefix"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_tokens(self.virtual_tokens)
+        _check_prompt(self.virtual_tokens, self.place)
+        inits = ("normal", "random_uniform", "from_string")
+        if self.prompt_init not in inits:
+            raise UserError(f"prompt_init={self.prompt_init!r}: use one of {', '.join(inits)}")
+        if self.prompt_init == "from_string" and not self.prompt_init_text:
+            raise UserError("prompt_init='from_string' has no prompt_init_text: say the words")
+        if self.combine not in ("prefix", "prefix_after_bos"):
+            raise UserError(f"combine={self.combine!r}: use prefix or prefix_after_bos")
+        if self.combine == "prefix_after_bos" and self.shifts_positions:
+            raise UserError("combine='prefix_after_bos' needs shifts_positions=False")
+
+    @property
+    def shift(self) -> int:
+        return self.virtual_tokens if self.shifts_positions else 0
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
-        return PromptTuning(site.out_features, self) if site.name == "embedding" else None
+        if site.name != self.place:
+            return None
+        if self.combine == "prefix_after_bos" and site.stack != "encoder":
+            raise UserError("combine='prefix_after_bos' is for encoders: use combine='prefix'")
+        return PromptTuning(site.out_features, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +75,8 @@ class PTuningConfig(MethodSettings):
     """`virtual_tokens` vectors of `embedding_dim` through a network to the hidden size h.
 
     `mlp`: a bottleneck of `bottleneck_dim` with tanh-gelu; v e + e b + b + b h + h parameters.
-    `lstm`: two bidirectional layers of e / 2 each way, then e -> e -> h with relu.
+    `lstm`: two bidirectional layers of e / 2 each way, then e -> e -> h with relu. `place` and
+    `shifts_positions` are as in `PromptTuningConfig`.
     """
 
     virtual_tokens: int = 10
@@ -46,10 +84,12 @@ class PTuningConfig(MethodSettings):
     bottleneck_dim: int = 1024
     encoder: Literal["mlp", "lstm"] = "mlp"
     init_std: float = 0.023
+    place: Place = "embedding"
+    shifts_positions: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_tokens(self.virtual_tokens)
+        _check_prompt(self.virtual_tokens, self.place)
         if self.encoder not in ("mlp", "lstm"):
             raise UserError(f"model.p_tuning.encoder={self.encoder!r}: use 'mlp' or 'lstm'")
         if self.encoder == "lstm" and self.embedding_dim % 2:
@@ -57,20 +97,26 @@ class PTuningConfig(MethodSettings):
                 f"model.p_tuning.embedding_dim={self.embedding_dim}: an lstm needs an even number"
             )
 
+    @property
+    def shift(self) -> int:
+        return self.virtual_tokens if self.shifts_positions else 0
+
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
-        return PTuning(site.out_features, self) if site.name == "embedding" else None
+        return PTuning(site.out_features, self) if site.name == self.place else None
 
 
-def _check_tokens(count: int) -> None:
+def _check_prompt(count: int, place: str) -> None:
     if count < 1:
         raise UserError(f"model.peft.virtual_tokens={count}: must be at least 1")
+    if place not in PLACES:
+        raise UserError(f"place={place!r}: use one of {', '.join(PLACES)}")
 
 
 class Prompt(Part):
-    """Fills its virtual columns, from `start` on, with `vectors()` [v, h]."""
+    """Fills its virtual columns, from the call's `start` on, with `vectors()` [v, h]."""
 
-    start = 0  # set with the active composition
+    unsuited: ClassVar[dict[str, str]] = {"Split": "a prompt stands before all tokens of a row"}
 
     def vectors(self) -> Tensor:
         """The prompt, [v, h]."""
@@ -81,8 +127,8 @@ class Prompt(Part):
             return call.output
         vectors = self.vectors().to(call.output.dtype)
         rows = vectors.expand(call.output.shape[0], -1, -1)
-        end = self.start + vectors.shape[0]
-        return torch.cat([call.output[:, : self.start], rows, call.output[:, end:]], 1)
+        end = call.start + vectors.shape[0]
+        return torch.cat([call.output[:, : call.start], rows, call.output[:, end:]], 1)
 
 
 class PromptTuning(Prompt):
@@ -91,7 +137,16 @@ class PromptTuning(Prompt):
     def __init__(self, hidden_size: int, config: PromptTuningConfig):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(config.virtual_tokens, hidden_size))
-        nn.init.normal_(self.embedding, std=config.init_std)
+        if config.prompt_init == "normal":
+            nn.init.normal_(self.embedding, std=config.init_std)
+        else:
+            nn.init.uniform_(self.embedding, -0.5, 0.5)
+
+    @torch.no_grad()
+    def begin_with(self, words: Tensor) -> None:
+        """Sets the vectors to the embeddings [n, h] of a text, which starts again where it ends."""
+        count = self.embedding.shape[0]
+        self.embedding.copy_(words.repeat(-(-count // len(words)), 1)[:count])
 
     def vectors(self) -> Tensor:
         return self.embedding

@@ -1,0 +1,37 @@
+"""A learned gate: how much of a part an example gets (Mao et al. 2022, arXiv:2110.07577, 3.2)."""
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.adapters.part import Part, PartLinear
+from graftwerk.adapters.slots import SlotCall
+
+
+class Gate(PartLinear):
+    """`mean over positions of sigmoid(w x + b)`, padding included: x [B, S, in] -> [B, n].
+
+    One scalar an example for each of n gates. Weights are normal with deviation 0.02 at birth.
+    """
+
+    def __init__(self, in_features: int, gates: int = 1):
+        super().__init__(in_features, gates)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).sigmoid().mean(1)
+
+
+def note_gate(part: Part, call: SlotCall, place: str, gate: Tensor) -> None:
+    """Records a gate [B, n], where the pass asks for it: [B] where it is one, else side by side.
+
+    A part whose layer has noted gates at this place already adds its columns to them.
+    """
+    record = call.flow.record
+    if record is None:
+        return
+    gate = gate.detach()
+    places = record.gates.setdefault(part.adapter, {}).setdefault(part.site.layer, {})
+    if place in places:
+        held = places[place]
+        gate = torch.cat([held[:, None] if held.ndim == 1 else held, gate], 1)
+    places[place] = gate.squeeze(1) if gate.shape[1] == 1 else gate
