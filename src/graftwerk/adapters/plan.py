@@ -79,15 +79,16 @@ def resolve(
     """The action that a composition makes of those of its adapters; None where it does nothing."""
     if composition is None or isinstance(composition, str):
         return None if composition is None else leaves.get(composition)
-    if isinstance(composition, Fuse):
-        assert slot is not None
+    if isinstance(composition, Fuse) and slot is not None:
         return _fusing(composition, leaves, slot)
     children = [resolve(child, leaves, slot) for child in composition.children]
     active = [child for child in children if child is not None]
     if not active:
         return None
     match composition:
-        case Stack():
+        case Stack() | Fuse():  # heads are not fused: the last that is there answers
+            if slot is not None and slot.site.name == "lm_input":
+                active.reverse()  # what was done to the embeddings last is undone first
             return active[0] if len(active) == 1 else partial(_in_sequence, active)
         case Parallel():
             return partial(_in_parallel, children)
