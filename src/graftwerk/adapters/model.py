@@ -68,7 +68,8 @@ class AdapterModel(nn.Module):
         offset: int = 0,
     ) -> Flow:
         """What the slots of one pass are told; see `Flow`."""
-        return Flow(self.plan.actions, offset, rows, task_ids, record)
+        plan = self.plan
+        return Flow(plan.actions, offset, rows, task_ids, record, plan.distances)
 
     def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
         """Creates an adapter's part in each slot that its method matches; activates nothing.
@@ -153,6 +154,19 @@ class AdapterModel(nn.Module):
         """Within it a composition is the active one, for this thread (and async task) alone.
 
         Raises:
+            UserError: as `planned`.
+        """
+        with self.under(self.planned(composition, skip_layers)):
+            yield
+
+    def planned(
+        self, composition: Composition | str | None, skip_layers: Sequence[int] = ()
+    ) -> Plan:
+        """A composition resolved, to be used by `under` as often as wanted.
+
+        It holds as long as no adapter of it is deleted.
+
+        Raises:
             UserError: as `set_active`, and for adapters that train the base's own parameters.
         """
         for name in set(names(composition)) | set(names(self._plan.composition)):
@@ -161,7 +175,11 @@ class AdapterModel(nn.Module):
                     f"{composition}: adapter {name!r} trains parameters of the base itself, which "
                     f"all threads share: use set_active"
                 )
-        plan = self._resolved(composition, skip_layers)
+        return self._resolved(composition, skip_layers)
+
+    @contextmanager
+    def under(self, plan: Plan) -> Iterator[None]:
+        """Within it a plan of this model holds, for this thread (and async task) alone."""
         token = _setups.set({**_setups.get(), id(self): plan})
         try:
             yield
@@ -189,7 +207,21 @@ class AdapterModel(nn.Module):
             columns,
             shift,
             any(part.whole_row for name in methods for _, _, part in self.parts(name)),
+            self._distances(composition, methods),
         )
+
+    def _distances(
+        self, composition: Composition | str | None, methods: Mapping[str, MethodConfig]
+    ) -> str:
+        """What the active prefixes' own settings say of a T5's table of distances."""
+        kinds = {m.distances for m in methods.values() if m.distances is not None}
+        config = getattr(self, "config", None)
+        if len(kinds) > 1 and getattr(config, "position_embedding_type", None) == "relative":
+            raise UserError(
+                f"{composition}: its prefixes do not agree on a T5's distances, relative_positions "
+                f"is {' and '.join(sorted(kinds))}: use prefixes of one kind"
+            )
+        return min(kinds, default="none")
 
     # ---- fusions
 

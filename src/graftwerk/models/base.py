@@ -35,18 +35,20 @@ class Transformer(AdapterModel):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states behind the last norm [..., h] -> logits [..., V]."""
-        if self.config.output_scale != 1.0:
-            x = x * self.config.output_scale
+        return self.words(self.scaled(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Hidden states [..., h] as they go to words: tied T5s scale them."""
+        return x if self.config.output_scale == 1.0 else x * self.config.output_scale
+
+    def words(self, x: Tensor) -> Tensor:
+        """The vocabulary projection alone, of scaled states: [..., h] -> [..., V]."""
         weight = self.embedding.word_embeddings.weight
-        return (
-            nn.functional.linear(x, weight)
-            if self.output_layer is None
-            else self.output_layer(x, weight)
-        )
+        return F.linear(x, weight) if self.output_layer is None else self.output_layer(x, weight)
 
     def word_states(self, x: Tensor, flow: Flow, select: Tensor | None = None) -> Tensor:
         """States behind the last norm [B, S, h] as the vocabulary projection reads them."""
-        return self.selected(self.lm_input(x, flow), select)
+        return self.selected(self.lm_input(self.scaled(x), flow), select)
 
     def reads_words(self, flow: Flow) -> bool:
         """Whether an adapter changes states before the vocabulary projection."""
@@ -166,7 +168,7 @@ def decoder_context(
         end, all_positions = cache.end, cache.positions
     seen = past + new
     visible = end if end is not None else torch.full((1, seen), seen, device=tokens.device)
-    context = Context(positions, cache=cache)
+    context = Context(positions, cache=cache, end=end)
     if end is not None or (past and new > 1):
         context.mask = visibility(visible, new)
     context.causal = context.mask is None and new > 1

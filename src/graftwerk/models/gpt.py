@@ -49,7 +49,7 @@ class GPT(Transformer):
         """
         x, flow = self._run(tokens, positions, end, cache, task_ids, record)
         if self.reads_words(flow):
-            return self.logits(self.word_states(self.decoder.finish(x), flow, select))
+            return self.words(self.word_states(self.decoder.finish(x), flow, select))
         return self.logits(self.decoder.finish(self.selected(x, select)))
 
     def hidden_states(

@@ -66,7 +66,7 @@ class T5(Transformer):
             tokens, positions, end, cache, source, source_documents, task_ids, record
         )
         if self.reads_words(flow):
-            return self.logits(self.word_states(self.decoder.finish(x), flow, select))
+            return self.words(self.word_states(self.decoder.finish(x), flow, select))
         return self.logits(self.decoder.finish(self.selected(x, select)))
 
     def hidden_states(
@@ -143,9 +143,11 @@ class T5(Transformer):
         positions = torch.arange(source.shape[1], device=source.device)[None]
         context = Context(positions, flow=flow)
         if documents is not None:
+            context.documents = documents
             context.mask = same_document(documents, virtual)
         if self.encoder.relative_position is not None:
-            context.scores = self.encoder.relative_position(source.shape[1], source.shape[1])
+            context.relative = self.encoder.relative_position
+            context.scores = context.relative(source.shape[1], source.shape[1])
         if plan.widen_at == -1:
             source = source.repeat(plan.width, 1)
             context.widen(plan.width)
@@ -160,4 +162,4 @@ class T5(Transformer):
         if context.causal:
             end = torch.full((1, seen), seen, device=context.positions.device)
             context.mask, context.causal = visibility(end, new), False
-        context.scores = relative(new, seen)
+        context.relative, context.scores = relative, relative(new, seen)
