@@ -7,14 +7,14 @@ begin with the adapter's name.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from torch import Tensor
 
 from graftwerk.adapters import configs
 from graftwerk.adapters.configs import METHODS, MethodConfig, UnionConfig
 from graftwerk.adapters.model import AdapterModel
+from graftwerk.checkpoints.kinds import field_kinds, fits, words_for
 from graftwerk.errors import UserError
 
 FORMAT = "graftwerk"
@@ -155,27 +155,10 @@ def _union_of(config: Mapping[str, Any], path: str | Path) -> MethodConfig:
 
 def check_kinds(method: type[MethodConfig], config: Mapping[str, Any], where: str) -> None:
     """Raises a UserError for a value that is of another kind than its field's type."""
-    kinds = get_type_hints(method)
+    kinds = field_kinds(method)
     for each in fields(method):
         if each.name in config:
             value = config[each.name]
-            if not _fits(tuple(value) if isinstance(value, list) else value, kinds[each.name]):
-                raise UserError(f"{where}: {each.name}={value!r} is no value that can be used")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a plain value is one of a field's type; any number is one of a number's."""
-    origin, inside = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inside)
-    if origin is Literal:
-        return any(_fits(value, type(each)) for each in inside)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(each, inside[0]) for each in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(
-            _fits(key, inside[0]) and _fits(each, inside[1]) for key, each in value.items()
-        )
-    if kind in (int, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return kind is Any or isinstance(value, kind)
+            if not fits(value, kinds[each.name]):
+                needed = words_for(kinds[each.name])
+                raise UserError(f"{where}: {each.name}={value!r} must be {needed}")

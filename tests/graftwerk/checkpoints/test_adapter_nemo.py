@@ -576,7 +576,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path):
         (good, {"peft_scheme": "ia3"}, "its settings are of ia3, and its weights of lora"),
         (good, {"peft_scheme": "vera"}, "peft_scheme='vera' is not known"),
         (good, {**peft, "lora_tuning": {**tuning, "adapter_dim": 8}}, "is [4, 32], not [8, 32]"),
-        (good, {**peft, "lora_tuning": {**tuning, "adapter_dim": "x"}}, "is no value"),
+        (good, {**peft, "lora_tuning": {**tuning, "adapter_dim": "x"}}, "must be a whole number"),
         (good, {**peft, "lora_tuning": {**tuning, "other": 1}}, "lora_tuning.other is not known"),
         ({"weight": random(4)}, peft, "no names of adapters"),
         (
