@@ -9,6 +9,29 @@ from typing import Any
 
 # Module of this package -> the names that it has.
 _MODULES = {
+    "auto": (
+        "AutoAdapterModel",
+        "AutoModelWithHeads",
+        "BertAdapterModel",
+        "BertModelWithHeads",
+        "GPT2AdapterModel",
+        "GPT2ModelWithHeads",
+        "LlamaAdapterModel",
+        "RobertaAdapterModel",
+        "RobertaModelWithHeads",
+        "T5AdapterModel",
+        "T5ModelWithHeads",
+    ),
+    "callbacks": ("AdapterDropCallback", "AdapterDropTrainerCallback"),
+    "composition": (
+        "Average",
+        "BatchSplit",
+        "Fuse",
+        "MultiTask",
+        "Parallel",
+        "Split",
+        "Stack",
+    ),
     "config_base": ("AdapterConfig",),
     "config_strings": ("ADAPTER_CONFIG_MAP", "DEFAULT_ADAPTER_CONFIG"),
     "configs": (
@@ -40,6 +63,13 @@ _MODULES = {
         "UniPELTConfig",
         "VeraConfig",
     ),
+    "context": ("AdapterSetup",),
+    "fusion_configs": (
+        "AdapterFusionConfig",
+        "DynamicAdapterFusionConfig",
+        "StaticAdapterFusionConfig",
+    ),
+    "outputs": ("AdapterModelOutput", "MultiHeadOutput"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
