@@ -60,6 +60,10 @@ class UnionConfig(MethodSettings):
         return sum(config.shift for config in self.configs)
 
     @property
+    def distances(self) -> str | None:
+        return next((c.distances for c in self.configs if c.distances is not None), None)
+
+    @property
     def virtual_tokens(self) -> int:
         """Virtual tokens that its methods put before every row."""
         return self.columns

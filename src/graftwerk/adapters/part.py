@@ -125,6 +125,11 @@ class MethodSettings:
         """By how much the positions of a row's own tokens move back."""
         return self.columns
 
+    @property
+    def distances(self) -> str | None:
+        """What a T5's table of distances says of the method's prefixes, if it has any."""
+        return None
+
     def selects(self, site: Site) -> bool:
         """Whether the method may have a part at a site."""
         chosen = self.layer_selection

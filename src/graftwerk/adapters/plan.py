@@ -41,6 +41,7 @@ class Plan:
         shift: by how much the positions of real tokens move back.
         whole_row: a part's value at a token depends on tokens behind it, so that what was computed
             for the beginning of a row does not hold once the row has grown.
+        distances: what a T5's table of distances says of the active prefixes.
     """
 
     composition: Composition | str | None = None
@@ -52,6 +53,7 @@ class Plan:
     virtual_tokens: int = 0
     shift: int = 0
     whole_row: bool = False
+    distances: str = "none"
 
 
 def resolve_slot(

@@ -77,7 +77,8 @@ class Flow:
     `actions`: what each slot does, by its key. `offset`: the number, among the row's tokens, of the
     first column (negative: columns of prompts). `rows` [B]: the rows' numbers in the batch that the
     composition means, where some have left it. `task_ids` [B]: each row's task. `record`: where
-    parts note what they are asked to.
+    parts note what they are asked to. `distances`: what a T5's table of distances says of prefixes
+    (`methods.prefix.PrefixTuningConfig`).
     """
 
     actions: Mapping[str, "Action"] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Flow:
     rows: Tensor | None = None
     task_ids: Tensor | None = None
     record: Record | None = None
+    distances: str = "none"
 
 
 @dataclass(slots=True)
@@ -98,7 +100,8 @@ class SlotCall:
     of a projection, the vectors of positions. `positions`: [batch or 1, sequence]. `virtual`: how
     many of the first columns are virtual tokens, for prompts to fill; `start`: the part's first.
     `joined`: `output` is the layer's next state already, with nothing to be added. `seen`
-    [batch, rows] or None: which rows of a prefix there are.
+    [batch, rows] or None: which rows of a prefix there are. `before`, `behind`: how many tokens of
+    its text stand before each token and behind it, [batch or 1, sequence]; padding is far from any.
     """
 
     output: Tensor
@@ -113,6 +116,8 @@ class SlotCall:
     start: int = 0
     joined: bool = False
     seen: Tensor | None = None
+    before: Tensor | None = None
+    behind: Tensor | None = None
 
     def drop(self) -> None:
         """Takes `output` through the sublayer's dropout, unless that was done."""
@@ -164,6 +169,8 @@ class SlotCall:
             residual=cut(self.residual),
             positions=cut(self.positions),
             seen=cut(self.seen),
+            before=cut(self.before),
+            behind=cut(self.behind),
         )
 
     def columns_at(self, part: slice) -> "SlotCall":
@@ -180,6 +187,8 @@ class SlotCall:
             residual=cut(self.residual),
             positions=cut(self.positions),
             virtual=min(max(self.virtual - part.start, 0), part.stop - part.start),
+            before=cut(self.before),
+            behind=cut(self.behind),
         )
 
     def agree(self, calls: Sequence["SlotCall"]) -> None:
@@ -288,6 +297,24 @@ class JoinSlot(Slot):
         call.output = action(call)
         call.join()
         return call.output
+
+
+class LayerSlot(Slot):
+    """A slot behind a layer, which says where each token stands in its text."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        output: Tensor,
+        flow: Flow,
+        positions: Tensor,
+        neighbours: Callable[[int], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """`neighbours`: of a number of columns, `before` and `behind` of a `SlotCall`."""
+        action = flow.actions.get(self.key)
+        if action is None:
+            return output
+        before, behind = neighbours(output.shape[1])
+        return action(SlotCall(output, flow, positions=positions, before=before, behind=behind))
 
 
 class PrefixSlot(Slot):

@@ -114,6 +114,7 @@ class BERT(Transformer):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         context = Context(positions, flow=self.flow(task_ids, record, offset=-virtual))
         if documents is not None:
+            context.documents = documents
             context.mask = same_document(documents, virtual)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)

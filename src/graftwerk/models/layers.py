@@ -11,10 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.adapters.slots import Flow, JoinSlot, PrefixSlot, Rows, Site, Slot, Split, widen
+from graftwerk.adapters.slots import (
+    Flow,
+    JoinSlot,
+    LayerSlot,
+    PrefixSlot,
+    Rows,
+    Site,
+    Slot,
+    Split,
+    widen,
+)
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.positions import rotate
+from graftwerk.models.positions import FAR, RelativePosition, neighbours, rotate
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -39,7 +49,8 @@ class Context:
     `positions` [B or 1, S]. `rotary` is (cos, sin), each [B or 1, S, 1, rotary size]. `cache` holds
     keys and values between passes. `states` [B, E, h] are the encoder's, seen where `states_mask`
     [B, 1, 1 or S, E] is True. `flow` is what slots are told, `source_flow` those that read encoder
-    states.
+    states. `relative` is the table that made `scores`. `documents` [B, tokens] or `end` [B, K] say
+    which text each token is of, as in the models' arguments; neither: a row is one.
     """
 
     positions: Tensor
@@ -53,11 +64,15 @@ class Context:
     cache: KeyValueCache | None = None
     states: Tensor | None = None
     states_mask: Tensor | None = None
+    relative: RelativePosition | None = None
+    documents: Tensor | None = None
+    end: Tensor | None = None
 
     def widen(self, n: int) -> None:
         """Makes it fit a batch that is repeated `n` times."""
         self.mask, self.window_mask = widen(self.mask, n), widen(self.window_mask, n)
         self.states_mask = widen(self.states_mask, n)
+        self.documents, self.end = widen(self.documents, n), widen(self.end, n)
         positions = widen(self.positions, n)
         assert positions is not None
         self.positions = positions
@@ -77,6 +92,24 @@ class Context:
             assert not causal, "scores come with a mask"
             return (self.scores if mask is None else _masked(self.scores, mask)), False
         return mask, causal
+
+    def neighbours(self, columns: int) -> tuple[Tensor, Tensor]:
+        """How many tokens of its text stand before and behind what is in each of the last columns,
+        both [B or 1, columns]; virtual tokens are far from any."""
+        tokens = self.flow.offset + columns
+        if self.documents is not None:
+            texts = self.documents
+        elif self.end is not None:
+            index = torch.arange(self.end.shape[1], device=self.end.device)
+            texts = self.end.masked_fill(self.end <= index, -1)[:, len(index) - tokens :]
+        else:
+            texts = torch.zeros(1, tokens, dtype=torch.int64, device=self.positions.device)
+        before, behind = neighbours(texts)
+        ahead = max(columns - tokens, 0)
+        return (
+            F.pad(before, (ahead, 0), value=FAR)[:, -columns:],
+            F.pad(behind, (ahead, 0), value=FAR)[:, -columns:],
+        )
 
 
 def widened(flow: Flow, n: int) -> Flow:
@@ -167,7 +200,9 @@ class Attention(nn.Module):
             key, value = context.cache.extend(self.layer, key, value)
         mask, causal = context.seen(self.windowed)
         if self.prefix.key in flow.actions:
-            key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal)
+            key, value, mask = put_prefix(
+                self.prefix, flow, x, key, value, mask, causal, context.relative
+            )
             causal = False
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
@@ -268,10 +303,12 @@ def put_prefix(
     value: Tensor,
     mask: Tensor | None,
     causal: bool,
+    relative: RelativePosition | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values [B, K, groups, d] with the slot's before them, and a mask that shows them.
 
-    x [B, S, h] is what goes into the attention.
+    x [B, S, h] is what goes into the attention. The mask holds the scores of `relative`, if that is
+    given: they are made anew.
     """
     batch, held, groups, size = key.shape
     made = slot.rows(key.new_empty(batch, 0, 2 * groups * size), flow, x)
@@ -283,7 +320,12 @@ def put_prefix(
         mask = torch.ones(held, held, dtype=torch.bool, device=key.device).tril()
     if mask is None and seen is not None:
         mask = torch.ones(1, held, dtype=torch.bool, device=key.device)
-    if mask is not None:
+    if relative is not None:
+        assert mask is not None
+        there = torch.ones(1, length, device=key.device).bool() if seen is None else seen
+        scores = relative.with_prefix(x.shape[1], held, there, flow.distances)
+        mask = scores.masked_fill(F.pad(mask.isneginf(), (length, 0)), float("-inf"))
+    elif mask is not None:
         mask = F.pad(mask, (length, 0), value=1 if mask.dtype == torch.bool else 0)
     if seen is not None:
         assert mask is not None
@@ -369,7 +411,7 @@ class TransformerLayer(nn.Module):
         self.mlp_output = JoinSlot(Site("mlp_output", number, hidden, hidden, stack=stack))
         self.post_mlp_layernorm = make_norm(config) if post else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.output = Slot(Site("layer_output", number, hidden, hidden, stack=stack))
+        self.output = LayerSlot(Site("layer_output", number, hidden, hidden, stack=stack))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
@@ -401,7 +443,7 @@ class TransformerLayer(nn.Module):
             self.mlp.linear_fc2.bias,
             context.positions,
         )
-        return self.output(x, context.flow, positions=context.positions)
+        return self.output(x, context.flow, context.positions, context.neighbours)
 
     def _across(self, x: Tensor, attention: CrossAttention, context: Context) -> Tensor:
         normed = self.pre_cross_attention_layernorm(x)
@@ -428,7 +470,7 @@ class Layers(nn.Module):
         count: int,
         first: int = 0,
         cross: bool = False,
-        relative_position: nn.Module | None = None,
+        relative_position: RelativePosition | None = None,
         stack: str = "decoder",
     ):
         super().__init__()

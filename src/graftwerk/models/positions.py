@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from graftwerk.models.config import RotaryScaling, TransformerConfig
 
+FAR = torch.iinfo(torch.int64).max  # further than any token
+
 
 def visibility(
     end: Tensor, queries: int, positions: Tensor | None = None, window: int = 0
@@ -28,6 +30,22 @@ def visibility(
         distance = positions[:, seen - queries :, None] - positions[:, None, :]
         mask = mask & (distance < window)
     return mask[:, None]
+
+
+def neighbours(texts: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens of its text stand before each token and behind it, both as `texts` [B, S].
+
+    Texts are runs of one number. Those of negative ones are padding, which is far from any.
+    """
+    length = texts.shape[1]
+    index = torch.arange(length, device=texts.device).expand_as(texts)
+    begins = nn.functional.pad(texts[:, 1:] != texts[:, :-1], (1, 0), value=True)
+    first = torch.where(begins, index, 0).cummax(1).values
+    later = nn.functional.pad(torch.where(begins, index, length)[:, 1:], (0, 1), value=length)
+    stop = later.flip(1).cummin(1).values.flip(1)
+    return tuple(  # pyright: ignore[reportReturnType]
+        counted.masked_fill(texts < 0, FAR) for counted in (index - first, stop - 1 - index)
+    )
 
 
 def same_document(documents: Tensor, virtual: int = 0) -> Tensor:
@@ -113,8 +131,26 @@ class RelativePosition(nn.Module):
     def forward(self, queries: int, keys: int) -> Tensor:
         """Scores [1, heads, S, K]; the queries are the last of the keys."""
         index = torch.arange(keys, device=self.weight.device)
-        distance = index - index[keys - queries :, None]
-        return self.weight[self.buckets(distance)].permute(2, 0, 1)[None]
+        return self.scores((index - index[keys - queries :, None])[None])
+
+    def scores(self, distance: Tensor) -> Tensor:
+        """Scores [B, heads, S, K] of distances [B, S, K], key minus query."""
+        return self.weight[self.buckets(distance)].permute(0, 3, 1, 2)
+
+    def with_prefix(self, queries: int, keys: int, seen: Tensor, kind: str) -> Tensor:
+        """Scores [B, heads, S, P + K] where a prefix stands before the keys.
+
+        `seen` [B, P]: what of it there is; `kind`: the `distances` of a `Flow`.
+        """
+        there = nn.functional.pad(seen, (0, keys), value=True)
+        places = there.cumsum(1) - 1  # of what is there
+        query = torch.arange(keys - queries, keys, device=places.device)[:, None]
+        if kind != "keys":  # queries move back as keys do
+            query = query + seen.sum(1)[:, None, None]
+        scores = self.scores(places[:, None] - query)
+        if kind == "none":
+            scores = scores.masked_fill(nn.functional.pad(torch.ones_like(seen[0]), (0, keys)), 0.0)
+        return scores
 
     def buckets(self, distance: Tensor) -> Tensor:
         """Distances (key minus query) to buckets."""

@@ -74,6 +74,10 @@ class PrefixTuningConfig(MethodSettings):
     def shift(self) -> int:
         return self.prefix_length if self.shifts_positions else 0
 
+    @property
+    def distances(self) -> str | None:
+        return self.relative_positions
+
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
         wanted = {
