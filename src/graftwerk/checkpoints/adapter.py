@@ -1,8 +1,9 @@
-"""Adapter files: our folder of YAML and safetensors, and NeMo's tar of YAML and a torch dict.
+"""Adapter files: our folder of YAML and safetensors, NeMo's tar of YAML and a torch dict.
 
-A path that ends in `.nemo` gets NeMo's form, any other our folder; reading tells them apart by what
-is there. Both hold adapter weights and settings only, never the base; on a model with a head for
-labels an adapter's own head too. A file holds one adapter or several.
+A path that ends in `.nemo` gets NeMo's form, any other our folder. Reading tells forms apart by
+what is there, and takes those of AdapterHub, peft and T-Few too. All hold adapter weights and
+settings only, never the base; on a model with a head for labels an adapter's own head too. A file
+of the first two forms holds one adapter or several.
 """
 
 import os
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graftwerk.adapters.configs import MethodConfig
 from graftwerk.adapters.model import AdapterModel
-from graftwerk.adapters.slots import slots_of
+from graftwerk.checkpoints import peft
 from graftwerk.checkpoints.adapter_form import (
     AdapterFile,
     SavedAdapter,
@@ -29,9 +29,13 @@ from graftwerk.checkpoints.adapter_form import (
 )
 from graftwerk.checkpoints.adapter_nemo import read_nemo_adapters
 from graftwerk.checkpoints.adapter_nemo_writer import write_nemo_adapters
+from graftwerk.checkpoints.adapter_shapes import shapes_of
+from graftwerk.checkpoints.adapterhub_adapter import read_adapter_file
+from graftwerk.checkpoints.adapterhub_files import is_adapterhub
 from graftwerk.checkpoints.base import replace_path
 from graftwerk.checkpoints.nemo import CONFIG as NEMO_CONFIG
 from graftwerk.checkpoints.settings import read_settings
+from graftwerk.checkpoints.tfew import is_torch_file, read_tfew
 from graftwerk.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.yaml", "adapter.safetensors"
@@ -113,16 +117,17 @@ def load_adapters(
         UserError: where the file is missing, damaged, or made for another model, and for names
             that are taken or that the file does not have.
     """
-    return _load(model, path, read_adapters(path), rename)
+    return load_from(model, path, read_adapters(path), rename)
 
 
-def _load(
+def load_from(
     model: AdapterModel,
     path: str | Path,
     file: AdapterFile,
-    rename: Mapping[str, str] | str | None,
+    rename: Mapping[str, str] | str | None = None,
 ) -> list[str]:
-    saved = file.adapters
+    """Adds the adapters of a file that was read; see `load_adapters`."""
+    saved = file.on(model).adapters
     names = _names(path, [adapter.name for adapter in saved], rename)
     methods = [_fitting(model, path, adapter) for adapter in saved]
     for name in names:
@@ -147,7 +152,7 @@ def load_adapter(model: AdapterModel, path: str | Path, name: str | None = None)
         UserError: as `load_adapters`, and for a file of several.
     """
     file = read_adapters(path)
-    return _load(model, path, file, name or _only(path, file).name)[0]
+    return load_from(model, path, file, name or _only(path, file).name)[0]
 
 
 def _names(path: str | Path, own: list[str], rename: Mapping[str, str] | str | None) -> list[str]:
@@ -179,7 +184,7 @@ def _fitting(model: AdapterModel, path: str | Path, adapter: SavedAdapter) -> Me
             f"{model.label_head}: load the base with head {head}"
         )
     try:
-        shapes = _shapes(model, method)
+        shapes = shapes_of(model, method)
     except Exception as error:
         said = str(error).partition("\n")[0]
         raise UserError(f"{path}: {adapter.config['method']} cannot be made: {said}") from None
@@ -198,23 +203,6 @@ def _fitting(model: AdapterModel, path: str | Path, adapter: SavedAdapter) -> Me
     return method
 
 
-def _shapes(model: AdapterModel, method: MethodConfig) -> dict[str, torch.Size]:
-    """The tensors in the parts that a method would make for a model, by `adapter_state`'s names."""
-    slots = {path: slot for path, slot in slots_of(model).items() if method.selects(slot.site)}
-    with torch.device("meta"):
-        made = {path: method.create(slot.site) for path, slot in slots.items()}
-        parts = {path: part for path, part in made.items() if part is not None}
-        method.tie([(slots[path].site, part) for path, part in parts.items()])
-    shapes: dict[str, torch.Size] = {}
-    seen: set[int] = set()  # what parts share is kept under the first name
-    for path, part in parts.items():
-        for key, tensor in part.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                shapes[f"{path}.{key}"] = tensor.shape
-    return shapes
-
-
 def _add(model: AdapterModel, name: str, method: MethodConfig, adapter: SavedAdapter) -> None:
     try:
         model.add_adapter(name, method, head=adapter.config.get("head") is not None)
@@ -228,7 +216,9 @@ def _add(model: AdapterModel, name: str, method: MethodConfig, adapter: SavedAda
 
 
 def read_adapters(path: str | Path) -> AdapterFile:
-    """The adapters of a file; nothing is unpickled but tensors.
+    """The adapters of a file of any form; nothing is unpickled but tensors.
+
+    Those of AdapterHub, peft and T-Few have their own names until `AdapterFile.on` a model.
 
     Raises:
         UserError: where the file is missing, damaged, or holds no adapter.
@@ -237,11 +227,38 @@ def read_adapters(path: str | Path) -> AdapterFile:
     if not path.exists():
         raise UserError(f"no adapter at {path}")
     try:
-        if not path.is_dir() or (path / NEMO_CONFIG).is_file():
-            return read_nemo_adapters(path)
-        return apart(path, read_settings(path / CONFIG), load_file(path / WEIGHTS))
+        match form_of(path):
+            case "graftwerk":
+                return apart(path, read_settings(path / CONFIG), load_file(path / WEIGHTS))
+            case "peft":
+                return peft.read_peft(path)
+            case "adapterhub":
+                return read_adapter_file(path)
+            case "tfew":
+                return read_tfew(path)
+            case _:
+                return read_nemo_adapters(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no adapter that can be read: {error}") from None
+
+
+def form_of(path: Path) -> str:
+    """Which form an adapter's file or folder has, by what is in it.
+
+    Raises:
+        UserError: where a folder holds no adapter.
+    """
+    if path.is_file():
+        return "tfew" if is_torch_file(path) else "nemo"
+    if (path / NEMO_CONFIG).is_file():
+        return "nemo"
+    if (path / CONFIG).is_file():
+        return "graftwerk"
+    if peft.is_peft(path):
+        return "peft"
+    if is_adapterhub(path):
+        return "adapterhub"
+    raise UserError(f"{path} holds no adapter: {CONFIG}, {NEMO_CONFIG} or {peft.CONFIG} is missing")
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
