@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +10,24 @@ import torch
 from graftwerk.adapters import Stack
 from graftwerk.adapters.configs import METHODS as KNOWN
 from graftwerk.adapters.configs import (
+    BnConfig,
     BottleneckConfig,
+    HubLoRAConfig,
+    HubMTLLoRAConfig,
     IA3Config,
     LoRAConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
+    ReftConfig,
     SelectiveConfig,
+    UnionConfig,
 )
 from graftwerk.checkpoints import load_adapter, save_adapter
 from tests.graftwerk.adapters.test_prompts import SHAPES, make, run
 
 MODELS = ("gpt2", "llama", "t5", "bert")
+BN = BnConfig(mh_adapter=True, cross_adapter=True, reduction_factor=8, init_weights="mam_adapter")
 METHODS = {
     "parallel_adapter": BottleneckConfig(dim=5),
     "linear_adapter": BottleneckConfig(type="linear_adapter", dim=5, norm_position="post"),
@@ -33,9 +40,19 @@ METHODS = {
     "ptuning": PTuningConfig(virtual_tokens=3, embedding_dim=8, bottleneck_dim=6),
     "prefix": PrefixTuningConfig(prefix_length=3, bottleneck_dim=6),
     "selective": SelectiveConfig(parameters=("*mlp.linear_fc2.weight",)),
+    "bn": replace(BN, original_ln_before=True),
+    "par_bn": replace(BN, is_parallel=True, scaling="channel", use_gating=True),
+    "compacter": replace(BN, phm_layer=True, init_weights="bert", phm_init_range=1.0),
+    "invertible": replace(BN, inv_adapter="nice"),
+    "hub_lora": HubLoRAConfig(r=3, use_gating=True),
+    "mtl_lora": HubMTLLoRAConfig(r=3, n_up_projection=2),
+    "reft": ReftConfig(r=2, tied_weights=True, orthogonality=False, dropout=0.0),
+    "union": UnionConfig(configs=(BN, PrefixTuningConfig(prefix_length=3, reparametrise=False))),
 }
-CHANGE_AT_BIRTH = ("prompt", "ptuning", "prefix")
-VARIANTS = ("linear_adapter", "stabilised")  # other numbers in the same places
+CHANGE_AT_BIRTH = ("prompt", "ptuning", "prefix", "compacter", "invertible", "reft", "union")
+# Other numbers in the same places.
+VARIANTS = ("linear_adapter", "stabilised", "par_bn", "compacter", "invertible", "hub_lora",
+            "mtl_lora", "union")  # fmt: skip
 PAIRS = list(itertools.combinations([name for name in METHODS if name not in VARIANTS], 2))
 MATRIX = list(itertools.product(METHODS, MODELS))
 
@@ -53,6 +70,12 @@ def expected_parameters(method: str, shape: str) -> int:
     mlp = layers * (h + wide + f + h)
     lora = dense + apart + layers * (h + q + 2 * kv) + mlp
     outputs = layers * (q + 2 * kv + h + wide + h) + cross * (q + 2 * kv + h)
+    places = 2 * layers + cross  # behind attentions and MLPs
+    bn = places * (2 * h * (h // 8) + h // 8 + h)
+    coupling = 2 * ((h // 2) * (h // 4) + h // 4 + (h // 4) * (h // 2) + h // 2)
+    query_and_value = layers * ((h + q) + (h + kv))
+    bottlenecks = layers * (2 * h * (h // 8) + h // 8 + h)
+    attention = layers * (h + q + h + kv)
     canonical = lora + layers * (2 * h + (halves - 1) * h)
     return {
         "parallel_adapter": layers * 2 * (2 * h * 5 + 2 * h),
@@ -66,6 +89,19 @@ def expected_parameters(method: str, shape: str) -> int:
         "ptuning": 3 * 8 + 8 * 6 + 6 + 6 * h + h,
         "prefix": stacks * (3 * h + h * 6 + 6) + (layers + cross) * 2 * kv * (6 + 1),
         "selective": layers * f * h,
+        "hub_bottleneck": 2 * bottlenecks,
+        "hub_lora": 3 * (attention + layers * (f + h)),
+        "mtl_lora": 3 * layers * (h + 2 * q + h + 2 * kv) + 2 * layers * (2 + 3),
+        "reft": layers * (2 * 2 * h + 2),
+        "union": 3 * attention + bottlenecks,
+        "bn": bn,
+        "par_bn": bn + places * (h + h + 1),
+        "compacter": places * (h + h // 8) * 3 + 64,
+        "invertible": bn + coupling,
+        "hub_lora": 3 * query_and_value + layers * 2 * (h + 1),
+        "mtl_lora": layers * (3 * (2 * h + 2 * (q + kv)) + 2 * (2 + 3)),
+        "reft": layers * (2 * 2 * h + 2),
+        "union": bn + (layers + cross) * 3 * 2 * kv,
     }[method] + (2 * h + 2 if shape == "bert" else 0)
 
 
