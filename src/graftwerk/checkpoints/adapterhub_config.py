@@ -134,6 +134,9 @@ def _read_prefix(values: dict[str, Any], model: TransformerConfig, where: str) -
         raise UserError(f"{where}: flat={flat!r}: true or false")
     values["reparametrise"] = not flat
     values["relative_positions"] = "keys"
+    values["init_std"] = 1.0
+    if model.architecture == "bert":  # it has no other stack: the library does not ask
+        values["encoder_prefix"] = True
 
 
 def _write_prefix(values: dict[str, Any], model: TransformerConfig) -> None:
@@ -191,7 +194,7 @@ ARCHITECTURES: dict[str | None, Architecture] = {
         PrefixTuningConfig,
         renamed={"bottleneck_size": "bottleneck_dim"},
         begin=SEED,
-        fixed={"shifts_positions": False, "cross_shares": False},
+        fixed={"shifts_positions": False},
         silent=("init_std",),
         convert=_read_prefix,
         revert=_write_prefix,

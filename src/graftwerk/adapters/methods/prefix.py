@@ -34,7 +34,6 @@ class PrefixTuningConfig(MethodSettings):
         init_std: deviation of what the network reads at birth; without it, of the rows.
         cross_prefix, encoder_prefix: before what a T5's decoder sees of the source, and in its
             encoder. One of the decoder's own attention there always is.
-        cross_shares: cross-attention has the rows of the layer's self-attention (peft).
         use_gating: the rows are multiplied with a scalar for each example, of what goes into the
             attention; `shared_gating` False: keys and values with one each.
         non_linearity: the network's, by AdapterHub's names.
@@ -51,7 +50,6 @@ class PrefixTuningConfig(MethodSettings):
     init_std: float = 0.02
     cross_prefix: bool = True
     encoder_prefix: bool = True
-    cross_shares: bool = False
     use_gating: bool = False
     shared_gating: bool = True
     non_linearity: str = "tanh"
@@ -93,10 +91,6 @@ class PrefixTuningConfig(MethodSettings):
             owner = first.setdefault(f"{site.name} {site.stack}", part)
             if self.reparametrise and owner is not part:
                 share_parameters(owner.get_submodule("encoder"), part.get_submodule("encoder"))
-        own = {site.layer: part for site, part in parts if site.name == "prefix"}
-        for site, part in parts:
-            if self.cross_shares and site.name == "cross_prefix" and site.layer in own:
-                share_parameters(own[site.layer], part)
         for _, part in parts:  # a BERT's encoder is all that it has
             if isinstance(part, Prefix) and all(site.stack == "encoder" for site, _ in parts):
                 part.place_name = "self_prefix"
