@@ -32,7 +32,7 @@ _LABELS = {"num_labels": 2, "layers": 2, "activation_function": "tanh", "label2i
 _PLACES = {**_LABELS, "layers": 1, "dropout_prob": None}
 _ROWS = {**_LABELS, "use_pooler": False, "bias": True, "dropout_prob": None}
 _WORDS = {"vocab_size": None, "layers": 1, "activation_function": None, "layer_norm": False}
-_WORDS |= {"bias": False, "shift_labels": False, "label2id": None, "dropout_prob": None}
+_WORDS |= {"bias": False, "shift_labels": False, "label2id": None}
 HEAD_TYPES: dict[str, dict[str, Any]] = {
     "classification": _ROWS,
     "multilabel_classification": _ROWS,
@@ -42,7 +42,7 @@ HEAD_TYPES: dict[str, dict[str, Any]] = {
     },
     "tagging": _PLACES,
     "question_answering": _PLACES,
-    "causal_lm": {**_WORDS, "embedding_size": None, "shift_labels": True},
+    "causal_lm": {**_WORDS, "embedding_size": None, "shift_labels": True, "dropout_prob": None},
     "seq2seq_lm": _WORDS,
     "masked_lm": {
         **_WORDS,
