@@ -49,13 +49,20 @@ from graftwerk.checkpoints.peft_modules import (
     modules_of,
     usable_name,
 )
-from graftwerk.checkpoints.peft_prompts import PROMPTS, prompt_settings, read_prompt, write_prompt
+from graftwerk.checkpoints.peft_prompts import (
+    PROMPTS,
+    TENSOR,
+    prompt_settings,
+    read_prompt,
+    write_prompt,
+)
 from graftwerk.checkpoints.tensors import SafeTensors, TensorSource
 from graftwerk.checkpoints.torch_files import TorchFiles
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BARE_PREFIX = "base_model."  # of modules beside a prompt
 TYPES = ("LORA", "IA3", *PROMPTS)
 # Settings that change no number of a trained adapter, or that the reader of the type asks for.
 # Any other that is neither absent nor off may change what is computed.
@@ -149,11 +156,16 @@ def _fitted(
     tensors: Mapping[str, Tensor],
     head: str | None,
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    if settings["peft_type"] in PROMPTS:
-        return read_prompt(model, settings, tensors, folder)
-    weights, whole = _sorted(tensors)
+    prompt = settings["peft_type"] in PROMPTS
+    own = {key: tensor for key, tensor in tensors.items() if not (prompt and key == TENSOR)}
+    weights, whole = _sorted(own, BARE_PREFIX if prompt else PREFIX)
     modules = modules_for(model, [*weights, *whole], folder)
-    if settings["peft_type"] == "IA3":
+    if prompt:
+        if weights:
+            raise UserError(f"{folder}: {min(weights)} is not read beside a prompt")
+        method, state = read_prompt(model, settings, tensors, folder)
+        methods = [method]
+    elif settings["peft_type"] == "IA3":
         methods, state = read_ia3(modules, weights, folder)
     else:
         methods, state = read_lora(modules, settings, weights, folder)
@@ -164,12 +176,12 @@ def _fitted(
     return union_of(methods), {**state, **copies, **kept}
 
 
-def _sorted(tensors: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
+def _sorted(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Weights, Weights]:
     """Weights of the adapter, and of whole modules (`modules_to_save`), by module and leaf."""
     adapter: Weights = {}
     whole: Weights = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(prefix)
         leaf = next((leaf for leaf in LEAVES if name.endswith(f".{leaf}")), None)
         if leaf is not None:
             adapter.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = tensor
@@ -247,7 +259,9 @@ def peft_form(
         said = " and ".join(type(one).__name__ for one in methods_in(method))
         raise UserError(f"{where}: peft has no adapter that is a {said}")
     if kinds == {"prompt"}:
-        settings, tensors = write_prompt(model, method, parts, where)
+        if len(methods) > 1:
+            raise UserError(f"{where}: peft has one prompt in an adapter, not {len(methods)}")
+        settings, tensors = write_prompt(model, methods[0], parts, where)
         modules = None
     else:
         modules = modules_of(model)
@@ -260,7 +274,8 @@ def peft_form(
     if head is not None:
         whole |= {key: value.detach().cpu() for key, value in head.state_dict().items()}
     if whole:
-        names, kept = _whole_modules(modules or modules_of(model), whole)
+        prefix = BARE_PREFIX if modules is None else PREFIX
+        names, kept = _whole_modules(modules or modules_of(model), whole, prefix)
         settings, tensors = settings | {"modules_to_save": names}, tensors | kept
     bare = config_of(model).architecture == "bert" and config_of(model).head is None
     if modules is not None and bare:
@@ -288,7 +303,7 @@ def _task(config: TransformerConfig) -> str | None:
 
 
 def _whole_modules(
-    modules: Modules, whole: Mapping[str, Tensor]
+    modules: Modules, whole: Mapping[str, Tensor], prefix: str
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Modules that are saved whole, and their weights, those that stayed the base's too."""
     base = dict(modules.model.base_parameters())
@@ -307,7 +322,7 @@ def _whole_modules(
             value = base[_own_head(ours, base)].detach().cpu() if value is None else value
             for theirs, part in zip(entry.names, entry.reshape.split(value), strict=True):
                 if any(theirs.startswith(f"{name}.") for name in names):
-                    tensors[f"{PREFIX}{theirs}"] = part.contiguous()
+                    tensors[f"{prefix}{theirs}"] = part.contiguous()
     return sorted(names), tensors
 
 

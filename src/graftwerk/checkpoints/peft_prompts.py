@@ -18,7 +18,7 @@ from graftwerk.adapters.configs import (
     settings_of,
 )
 from graftwerk.adapters.methods.prefix import Prefix
-from graftwerk.adapters.methods.prompt import Prompt
+from graftwerk.adapters.methods.prompt import Prompt, PromptTuning
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.part import Part
 from graftwerk.checkpoints.peft_modules import config_of
@@ -48,9 +48,9 @@ def prompt_settings(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return settings_of(prompt_method(count))
 
 
-def prompt_method(count: int) -> PromptTuningConfig:
+def prompt_method(count: int, spare: int = 0) -> PromptTuningConfig:
     """Vectors in the place of words; the row's own tokens stand behind them."""
-    return PromptTuningConfig(virtual_tokens=count, place="word_embedding")
+    return PromptTuningConfig(virtual_tokens=count, place="word_embedding", spare_tokens=spare)
 
 
 def prefix_method(count: int, encoder: bool = True) -> PrefixTuningConfig:
@@ -77,10 +77,13 @@ def read_prompt(
     rows = tensors.get(TENSOR)
     if rows is None or rows.ndim != 2:
         raise UserError(f"{path}: {TENSOR} is missing, or no table of virtual tokens")
-    if unknown := sorted(tensors.keys() - {TENSOR}):
-        raise UserError(f"{path}: {unknown[0]} is not read beside a prompt")
     if settings["peft_type"] != PREFIX_TUNING:
-        return prompt_method(count), {f"{SLOT}.embedding": rows[:count]}
+        _check_first(config, path)
+        if len(rows) < count:
+            raise UserError(
+                f"{path}: {TENSOR} has {len(rows)} rows, and num_virtual_tokens={count}"
+            )
+        return prompt_method(count, len(rows) - count), {f"{SLOT}.embedding": rows}
     kv, layers = config.key_size, _layers(config)
     count_of_pairs = rows.shape[1] // (2 * kv)
     if rows.shape != (count, 2 * count_of_pairs * kv) or count_of_pairs < layers:
@@ -95,6 +98,16 @@ def read_prompt(
         for i, first in enumerate(_firsts(config, count_of_pairs)[:layers])
     }
     return prefix_method(count, config.architecture == "bert"), state
+
+
+def _check_first(config: TransformerConfig, path: str | Path) -> None:
+    """Raises a UserError where peft classifies a text by what stands first: a virtual token."""
+    if config.architecture == "bert" and config.head == "classification":
+        raise UserError(
+            f"{path}: peft reads the class of a text with a prompt off the first virtual token, and "
+            f"here it is the text's first: a prompt for classification fits neither way; a prefix "
+            f"does"
+        )
 
 
 def _layers(config: TransformerConfig) -> int:
@@ -194,6 +207,7 @@ def _prompt_rows(
     model: AdapterModel, method: MethodConfig, parts: Mapping[str, Part], path: str | Path
 ) -> tuple[Tensor, dict[str, Any]]:
     config = config_of(model)
+    _check_first(config, path)
     ((slot, part),) = parts.items()
     assert isinstance(part, Prompt)
     rows = part.vectors().detach()
@@ -204,10 +218,14 @@ def _prompt_rows(
         )
     if slot != SLOT:
         rows = _as_words(model, rows, path)
-    copies = 2 if config.architecture == "t5" else 1  # the second is for a decoder that has none
-    return torch.cat([rows, *[torch.zeros_like(rows)] * (copies - 1)]), {
+    count, copies = len(rows), 1
+    if config.architecture == "t5":  # the second copy is for the decoder, which never reads it
+        spare = part.spare() if isinstance(part, PromptTuning) else rows[:0]
+        spare = spare if len(spare) == count else torch.zeros_like(rows)
+        rows, copies = torch.cat([rows, spare.to(rows)]), 2
+    return rows, {
         "peft_type": "PROMPT_TUNING",
-        "num_virtual_tokens": len(rows),
+        "num_virtual_tokens": count,
         "token_dim": config.hidden_size,
         "num_transformer_submodules": copies,
         "prompt_tuning_init": "RANDOM",
