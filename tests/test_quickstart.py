@@ -30,7 +30,7 @@ def test_the_adapter_learns_in_minutes_what_the_base_cannot_do(tmp_path: Path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "\x1b" not in run.stdout, "control codes where there is no terminal"

@@ -23,7 +23,7 @@ SHAPES = ("gpt2", "llama", "t5", "bert")
 
 
 def caught(config, shape: str):
-    """Backward through a model with the adapter: what each of its slots saw, and its parts."""
+    """Backward through a model with the adapter: what each of its parts saw."""
     model = make(shape, a=config).double()
     if model.head_of("a") is not None:
         model.head = model.head.own  # a head in float32 has no double precision
@@ -31,22 +31,21 @@ def caught(config, shape: str):
     model.set_active("a")
     seen = []
 
-    def watch(slot, args, kwargs, result):
+    def watch(part, args, result):
         if not result.requires_grad:  # the embeddings of a T5's decoder have no prompt
             return
         result.retain_grad()
-        seen.append((slot, args[0].detach(), kwargs, result))
+        call = args[0]
+        detached = {"input": call.input, "bias": call.bias}
+        seen.append((part, call.output.detach(), detached, result))
 
-    for _, slot, _ in model.parts("a"):
-        slot.register_forward_hook(watch, with_kwargs=True)
+    for _, _, part in model.parts("a"):
+        part.register_forward_hook(watch)
     scores = run(model)
     weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(3)).double()
     (scores * weights)[scores.isfinite()].sum().backward()
-    parts = {id(slot): part for _, slot, part in model.parts("a")}
     assert seen
-    return [
-        (parts[id(slot)], slot.site, y, kwargs, result.grad) for slot, y, kwargs, result in seen
-    ], model
+    return [(part, part.site, y, given, result.grad) for part, y, given, result in seen], model
 
 
 def check(part, expected: dict[str, Tensor]) -> None:

@@ -153,7 +153,7 @@ def test_load_adapters_takes_names_configurations_lists_or_nothing(
         assert list(other.model.adapters) == names
     _, other, _ = begin()
     other.load_adapters(saved(tmp_path))
-    assert str(other.model.active) == 'Stack("lora", "ia3")'
+    assert str(other.model.active) == "Stack(lora, ia3)"
 
 
 def test_a_configuration_must_agree_with_the_file(begin: Begin, tmp_path: Path) -> None:
