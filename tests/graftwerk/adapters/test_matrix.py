@@ -74,8 +74,6 @@ def expected_parameters(method: str, shape: str) -> int:
     bn = places * (2 * h * (h // 8) + h // 8 + h)
     coupling = 2 * ((h // 2) * (h // 4) + h // 4 + (h // 4) * (h // 2) + h // 2)
     query_and_value = layers * ((h + q) + (h + kv))
-    bottlenecks = layers * (2 * h * (h // 8) + h // 8 + h)
-    attention = layers * (h + q + h + kv)
     canonical = lora + layers * (2 * h + (halves - 1) * h)
     return {
         "parallel_adapter": layers * 2 * (2 * h * 5 + 2 * h),
@@ -89,11 +87,6 @@ def expected_parameters(method: str, shape: str) -> int:
         "ptuning": 3 * 8 + 8 * 6 + 6 + 6 * h + h,
         "prefix": stacks * (3 * h + h * 6 + 6) + (layers + cross) * 2 * kv * (6 + 1),
         "selective": layers * f * h,
-        "hub_bottleneck": 2 * bottlenecks,
-        "hub_lora": 3 * (attention + layers * (f + h)),
-        "mtl_lora": 3 * layers * (h + 2 * q + h + 2 * kv) + 2 * layers * (2 + 3),
-        "reft": layers * (2 * 2 * h + 2),
-        "union": 3 * attention + bottlenecks,
         "bn": bn,
         "par_bn": bn + places * (h + h + 1),
         "compacter": places * (h + h // 8) * 3 + 64,
