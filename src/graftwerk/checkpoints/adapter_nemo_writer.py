@@ -11,7 +11,13 @@ from graftwerk.adapters.configs import SCHEMES, SPELLINGS, LoRAConfig, MethodCon
 from graftwerk.adapters.methods.lora import GROUPS, NEMO
 from graftwerk.adapters.methods.prompt import PTuning
 from graftwerk.adapters.model import AdapterModel
-from graftwerk.checkpoints.adapter_form import FORMAT, SavedAdapter, joined, settings_of
+from graftwerk.checkpoints.adapter_form import (
+    FORMAT,
+    SavedAdapter,
+    SavedFusion,
+    joined,
+    settings_of,
+)
 from graftwerk.checkpoints.adapter_names import PROMPT, to_nemo
 from graftwerk.checkpoints.nemo import write_container
 from graftwerk.checkpoints.nemo_config import Layout, Variant, from_config, to_config
@@ -51,14 +57,20 @@ class _NotSaid(Exception):
 
 
 def write_nemo_adapters(
-    path: Path, model: AdapterModel, saved: Sequence[SavedAdapter], extra: Mapping[str, Any]
+    path: Path,
+    model: AdapterModel,
+    saved: Sequence[SavedAdapter],
+    extra: Mapping[str, Any],
+    fusions: Sequence[SavedFusion] = (),
 ) -> None:
-    """Writes adapters of a model as a `.nemo` file."""
+    """Writes adapters and fusions of a model as a `.nemo` file."""
     try:
+        if fusions:
+            raise _NotSaid
         said = _in_nemo_words(model, saved, extra)
         said.values[FORMAT] = {"adapters": [settings_of(adapter) for adapter in saved], **extra}
     except _NotSaid:
-        said = Said(*joined(saved, extra))
+        said = Said(*joined(saved, extra, fusions))
 
     def put(writer: TorchWriter) -> None:
         for name, tensor in said.tensors.items():
@@ -78,10 +90,15 @@ def _in_nemo_words(
     schemes = {method.__name__: scheme for scheme, (method, _) in reversed(SCHEMES.items())}
     peft: dict[str, Any] = {"peft_scheme": ""}
     for adapter in saved:
-        scheme, method = schemes[adapter.config["method"]], model.adapters[adapter.name]
+        kind, method = adapter.config["method"], model.adapters[adapter.name]
+        scheme = schemes.get(kind, "")
+        if scheme not in SAYABLE:
+            raise _NotSaid(f"{kind} (adapter {adapter.name!r})")
         block = SCHEMES[scheme][1]
-        if scheme not in SAYABLE or block in peft or "head" in adapter.config:
-            raise _NotSaid
+        if block in peft:
+            raise _NotSaid(f"two adapters of one method ({kind})")
+        if "head" in adapter.config:
+            raise _NotSaid(f"the head of adapter {adapter.name!r}")
         peft["peft_scheme"] += f",{scheme}" if peft["peft_scheme"] else scheme
         peft[block] = _block(scheme, method, variant)
         if scheme == "selective":
@@ -98,14 +115,15 @@ def _in_nemo_words(
 def _architecture(config: TransformerConfig) -> tuple[Variant, dict[str, Any]]:
     """The names that NeMo has for a base, and its keys; newer names come first."""
     names: dict[Variant, bool] = {"mcore": True, "classic": False}
+    reason = ""
     if config.architecture == "t5":
         names = {"t5": False}
     for variant, mcore in names.items():
         try:
             return variant, from_config(config, mcore)
-        except UserError:
-            continue
-    raise _NotSaid
+        except UserError as error:
+            reason = f"this model: {error}"
+    raise _NotSaid(reason)
 
 
 def _block(scheme: str, method: MethodConfig, variant: Variant) -> dict[str, Any]:
@@ -117,18 +135,18 @@ def _block(scheme: str, method: MethodConfig, variant: Variant) -> dict[str, Any
             value = list(value) if isinstance(value, tuple) else value
             block[SPELLINGS.get(each.name, each.name)] = value
         elif value != each.default and each.name != "rank_stabilised":  # part of alpha, below
-            raise _NotSaid
+            raise _NotSaid(f"{each.name}={value!r} of {type(method).__name__}")
     if isinstance(method, LoRAConfig):
         if not {*NEMO, *GROUPS}.issuperset(method.target_modules):
-            raise _NotSaid
+            raise _NotSaid(f"LoRA at {', '.join(method.target_modules)} alone")
         block["alpha"] = method.scale * method.dim
     for key in ("column_init_method", "row_init_method"):
         if block.get(key) == "uniform":  # the same numbers
             block[key] = "kaiming"
     if method.position_embedding_strategy is not None:
-        raise _NotSaid
+        raise _NotSaid("the tables of position_embedding_strategy")
     if variant == "t5" and (method.layer_selection is not None or method.weight_tying):
-        raise _NotSaid  # it has both for a GPT only
+        raise _NotSaid("layer_selection and weight_tying on a T5")  # it has both for a GPT only
     return block
 
 
@@ -154,14 +172,14 @@ def _add_parts(
 def _name(key: str, method: MethodConfig, model: AdapterModel, variant: Variant) -> str:
     name, config = to_nemo(key, variant), getattr(model, "config")  # noqa: B009 - every model's
     if name is None:
-        raise _NotSaid
+        raise _NotSaid(f"an adapter at {key}")
     if isinstance(method, LoRAConfig):
         # Its classic layers have no LoRA apart, and gate and up are two where they are not fused.
         fc1, apart = ".mlp.fc1." in key, method.variant == "canonical"
         if apart and (variant != "mcore" or fc1):
-            raise _NotSaid
+            raise _NotSaid(f"LoRA with a part of its own at {key}")
         if fc1 and variant == "t5" and config.gated:
-            raise _NotSaid
+            raise _NotSaid(f"LoRA on the first projection of a gated T5's MLP, {key}")
     return name
 
 
@@ -175,7 +193,7 @@ def _add_parameters(
     written: dict[str, Tensor] = {}
     for key, tensor in adapter.state.items():
         if key not in table:
-            raise _NotSaid
+            raise _NotSaid(f"the parameter {key}")
         entry = table[key]
         written |= zip(entry.names, entry.reshape.split(tensor), strict=True)
     modules = {name.rpartition(".")[0] for name in written}
@@ -183,7 +201,7 @@ def _add_parameters(
         name for entry in table.values() for name in entry.names
         if name.rpartition(".")[0] in modules
     }  # fmt: skip
-    if all_of_them != written.keys():  # NeMo names modules, never one parameter of them
-        raise _NotSaid
+    if lost := sorted(all_of_them - written.keys()):  # NeMo names modules, never a parameter
+        raise _NotSaid(f"a part of a module: {lost[0]} is not tuned with the rest of it")
     said.tensors |= written
     return sorted(module.partition(".")[2] for module in modules)
