@@ -104,9 +104,8 @@ def _check_first(config: TransformerConfig, path: str | Path) -> None:
     """Raises a UserError where peft classifies a text by what stands first: a virtual token."""
     if config.architecture == "bert" and config.head == "classification":
         raise UserError(
-            f"{path}: peft reads the class of a text with a prompt off the first virtual token, and "
-            f"here it is the text's first: a prompt for classification fits neither way; a prefix "
-            f"does"
+            f"{path}: peft reads the class of a text off what stands first, a virtual token of the "
+            f"prompt, and here it is a word: such a prompt fits neither way, a prefix does"
         )
 
 

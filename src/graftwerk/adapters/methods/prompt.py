@@ -32,6 +32,8 @@ class PromptTuningConfig(MethodSettings):
         prompt_init: how vectors are born. `normal`: with deviation `init_std`; `random_uniform`
             (AdapterHub): from -0.5 to 0.5; `from_string`: the embeddings of the tokens of
             `prompt_init_text`, which whoever adds the adapter gives to `PromptTuning.begin_with`.
+        spare_tokens: rows behind the prompt that nothing reads: peft keeps as many as the prompt
+            has for a T5's decoder, which has none.
         combine: AdapterHub's: before a row, or behind its first token. Without shifted positions
             an encoder makes the same of both; no other model takes `prefix_after_bos`.
     """
@@ -43,6 +45,7 @@ class PromptTuningConfig(MethodSettings):
     prompt_init: Literal["normal", "random_uniform", "from_string"] = "normal"
     prompt_init_text: str | None = None
     combine: Literal["prefix", "prefix_after_bos"] = "prefix"
+    spare_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +55,8 @@ class PromptTuningConfig(MethodSettings):
             raise UserError(f"prompt_init={self.prompt_init!r}: use one of {', '.join(inits)}")
         if self.prompt_init == "from_string" and not self.prompt_init_text:
             raise UserError("prompt_init='from_string' has no prompt_init_text: say the words")
+        if self.spare_tokens < 0:
+            raise UserError(f"spare_tokens={self.spare_tokens}: must not be negative")
         if self.combine not in ("prefix", "prefix_after_bos"):
             raise UserError(f"combine={self.combine!r}: use prefix or prefix_after_bos")
         if self.combine == "prefix_after_bos" and self.shifts_positions:
@@ -136,7 +141,9 @@ class PromptTuning(Prompt):
 
     def __init__(self, hidden_size: int, config: PromptTuningConfig):
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(config.virtual_tokens, hidden_size))
+        rows = config.virtual_tokens + config.spare_tokens
+        self.count = config.virtual_tokens
+        self.embedding = nn.Parameter(torch.empty(rows, hidden_size))
         if config.prompt_init == "normal":
             nn.init.normal_(self.embedding, std=config.init_std)
         else:
@@ -149,7 +156,11 @@ class PromptTuning(Prompt):
         self.embedding.copy_(words.repeat(-(-count // len(words)), 1)[:count])
 
     def vectors(self) -> Tensor:
-        return self.embedding
+        return self.embedding[: self.count]
+
+    def spare(self) -> Tensor:
+        """The rows that nothing reads."""
+        return self.embedding.detach()[self.count :]
 
 
 class PTuning(Prompt):
