@@ -23,6 +23,7 @@ from graftwerk.checkpoints import peft
 from graftwerk.checkpoints.adapter_form import (
     AdapterFile,
     SavedAdapter,
+    SavedFusion,
     apart,
     joined,
     method_of,
@@ -49,6 +50,7 @@ def save_adapters(
     names: Sequence[str],
     path: str | Path,
     extra: Mapping[str, Any] | None = None,
+    fusions: Sequence[str] = (),
 ) -> int:
     """Writes adapters into one file or folder and returns its bytes on disk.
 
@@ -57,21 +59,26 @@ def save_adapters(
     Args:
         names: adapters of the model, in the order in which a reader finds them.
         extra: plain values that are kept beside the settings (the base's path, say).
+        fusions: fusions of the model, by their names (`a,b`), with or without what they fuse.
 
     Raises:
-        UserError: for no names, the same one twice, or one that no adapter has.
+        UserError: for no names, the same one twice, or one that no adapter or fusion has.
     """
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}: names of adapters to save: {list(names)}; one or several, once")
+    if not (names or fusions) or len(set(names)) < len(names) or len(set(fusions)) < len(fusions):
+        given = [*names, *fusions]
+        raise UserError(f"{path}: names of adapters to save: {given}; one or several, once")
     saved = [_saved(model, name) for name in names]
+    fused = [
+        SavedFusion(key, model.fusions[key], _on_cpu(model.fusion_state(key))) for key in fusions
+    ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.suffix == ".nemo":
-            write_nemo_adapters(partial, model, saved, extra or {})
+            write_nemo_adapters(partial, model, saved, extra or {}, fused)
         else:
-            config, state = joined(saved, extra or {})
+            config, state = joined(saved, extra or {}, fused)
             partial.mkdir()
             save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
             (partial / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
@@ -90,9 +97,11 @@ def save_adapter(
 
 
 def _saved(model: AdapterModel, name: str) -> SavedAdapter:
-    config = model.adapter_config(name)
-    state = {key: value.cpu().contiguous() for key, value in model.adapter_state(name).items()}
-    return SavedAdapter(name, config, state)
+    return SavedAdapter(name, model.adapter_config(name), _on_cpu(model.adapter_state(name)))
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.cpu().contiguous() for key, value in state.items()}
 
 
 def _size(path: Path) -> int:
@@ -108,10 +117,12 @@ def load_adapters(
 ) -> list[str]:
     """Adds the adapters of a file to a model, not active, and returns their names in order.
 
-    Nothing of the model changes where the file does not fit.
+    Its fusions are added too; what they fuse must be in the file, or on the model already. Nothing
+    of the model changes where the file does not fit.
 
     Args:
-        rename: new names by those in the file; a single name for a file of one adapter.
+        rename: new names by those in the file; a single name for a file of one adapter. A fusion is
+            called after what it fuses.
 
     Raises:
         UserError: where the file is missing, damaged, or made for another model, and for names
@@ -129,15 +140,21 @@ def load_from(
     """Adds the adapters of a file that was read; see `load_adapters`."""
     saved = file.on(model).adapters
     names = _names(path, [adapter.name for adapter in saved], rename)
+    new = dict(zip((adapter.name for adapter in saved), names, strict=True))
     methods = [_fitting(model, path, adapter) for adapter in saved]
     for name in names:
         if name in model.adapters:
             raise UserError(f"{path}: the model has an adapter {name!r} already: give another name")
-    before = set(model.adapters)
+    before, fused_before = set(model.adapters), set(model.fusions)
     try:
         for name, method, adapter in zip(names, methods, saved, strict=True):
             _add(model, name, method, adapter)
+        for fusion in file.fusions:
+            key = model.add_fusion([new.get(n, n) for n in fusion.name.split(",")], fusion.config)
+            model.load_fusion_state(key, fusion.state)
     except Exception as error:
+        for key in set(model.fusions) - fused_before:
+            model.delete_fusion(key)
         for name in set(model.adapters) - before:
             model.delete_adapter(name)
         said = str(error).partition("\n")[0]
@@ -157,11 +174,9 @@ def load_adapter(model: AdapterModel, path: str | Path, name: str | None = None)
 
 def _names(path: str | Path, own: list[str], rename: Mapping[str, str] | str | None) -> list[str]:
     if isinstance(rename, str):
-        if len(own) > 1:
-            raise UserError(
-                f"{path} holds {len(own)} adapters ({', '.join(own)}): say which of them is to be "
-                f"called {rename!r}"
-            )
+        if len(own) != 1:
+            have = f"{len(own)} adapters ({', '.join(own)})" if own else "no adapter"
+            raise UserError(f"{path} holds {have}: say which of them is to be called {rename!r}")
         return [rename]
     new = dict(rename or {})
     if unknown := new.keys() - set(own):
@@ -273,6 +288,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _only(path: str | Path, file: AdapterFile) -> SavedAdapter:
+    if not file.adapters:
+        fused = " and ".join(fusion.name for fusion in file.fusions)
+        raise UserError(f"{path} holds no adapter, only a fusion of {fused}")
     if len(file.adapters) > 1:
         names = ", ".join(adapter.name for adapter in file.adapters)
         raise UserError(f"{path} holds several adapters ({names}), and one is needed here")

@@ -1,11 +1,12 @@
-"""What an adapter file of our form holds: settings and weights of one adapter or several.
+"""What an adapter file of our form holds: settings and weights of adapters and fusions.
 
-The settings of one lie flat, those of several in a list `adapters`, and the keys of their weights
-begin with the adapter's name.
+The settings of one adapter lie flat, those of several in a list `adapters`, and the keys of their
+weights begin with the adapter's name. Fusions lie in a list `fusions` beside it, and the keys of
+theirs begin with `fusion:` and the fusion's name, `a,b`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from graftwerk.adapters import configs
 from graftwerk.adapters.configs import METHODS, MethodConfig, UnionConfig
+from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.checkpoints.kinds import field_kinds, fits, words_for
 from graftwerk.errors import UserError
 
 FORMAT = "graftwerk"
+FUSION = "fusion:"  # no adapter's name has a colon
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,15 @@ class SavedAdapter:
 
 
 @dataclass(frozen=True)
+class SavedFusion:
+    """One fusion of a file: its name `a,b`, and the weights of `AdapterModel.fusion_state`."""
+
+    name: str
+    config: FusionConfig
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class AdapterFile:
     """What an adapter file holds; `extra` are values beside the adapters (base, steps, ...).
 
@@ -45,6 +57,7 @@ class AdapterFile:
     adapters: list[SavedAdapter]
     extra: dict[str, Any] = field(default_factory=dict)
     fit: Callable[[AdapterModel], list[SavedAdapter]] | None = None
+    fusions: list[SavedFusion] = field(default_factory=list)
 
     def on(self, model: AdapterModel) -> "AdapterFile":
         """The file under the names of ours, as it is on a model.
@@ -56,14 +69,18 @@ class AdapterFile:
 
 
 def joined(
-    saved: Sequence[SavedAdapter], extra: Mapping[str, Any]
+    saved: Sequence[SavedAdapter], extra: Mapping[str, Any], fusions: Sequence[SavedFusion] = ()
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of adapters as one file of our form holds them."""
+    """Settings and weights of adapters and fusions as one file of our form holds them."""
     settings = [settings_of(adapter) for adapter in saved]
-    if len(saved) == 1:
+    if len(saved) == 1 and not fusions:
         return {"format": FORMAT, **settings[0], **extra}, saved[0].state
+    told: dict[str, Any] = {"format": FORMAT, "adapters": settings}
     state = {f"{a.name}.{key}": value for a in saved for key, value in a.state.items()}
-    return {"format": FORMAT, "adapters": settings, **extra}, state
+    if fusions:
+        told["fusions"] = [{"name": each.name, **asdict(each.config)} for each in fusions]
+        state |= {f"{FUSION}{f.name}.{key}": v for f in fusions for key, v in f.state.items()}
+    return {**told, **extra}, state
 
 
 def settings_of(adapter: SavedAdapter) -> dict[str, Any]:
@@ -73,7 +90,7 @@ def settings_of(adapter: SavedAdapter) -> dict[str, Any]:
 
 
 def apart(path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]) -> AdapterFile:
-    """The adapters of a file of our form; the other way round of `joined`.
+    """The adapters and fusions of a file of our form; the other way round of `joined`.
 
     Raises:
         UserError: where settings or weights are not of this form.
@@ -82,13 +99,37 @@ def apart(path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]) -> 
     if "adapters" not in settings:
         ((name, config),) = told
         return AdapterFile([SavedAdapter(name, config, state)], extra)
+    fusions = _fusions(path, settings)
     shares: dict[str, dict[str, Tensor]] = {name: {} for name, _ in told}
+    shares |= {f"{FUSION}{name}": {} for name in fusions}
     for key, tensor in state.items():
         name, _, rest = key.partition(".")
         if name not in shares:
             raise UserError(f"{path}: no adapter in it is called {name!r}, as in {key}")
         shares[name][rest] = tensor
-    return AdapterFile([SavedAdapter(n, config, shares[n]) for n, config in told], extra)
+    return AdapterFile(
+        [SavedAdapter(n, config, shares[n]) for n, config in told],
+        extra,
+        fusions=[SavedFusion(n, c, shares[f"{FUSION}{n}"]) for n, c in fusions.items()],
+    )
+
+
+def _fusions(path: Path, settings: Mapping[str, Any]) -> dict[str, FusionConfig]:
+    """The configurations of a file's fusions by name."""
+    told: Any = settings.get("fusions", [])
+    found: dict[str, FusionConfig] = {}
+    for each in told if isinstance(told, list) else [None]:
+        name = each.get("name") if isinstance(each, dict) else None
+        if not isinstance(name, str) or not all(name.split(",")) or "." in name or name in found:
+            raise UserError(f"{path}: fusions must list fusions, each with a name such as a,b")
+        assert isinstance(each, dict)
+        check_kinds(FusionConfig, each, str(path))
+        given = {own.name: each[own.name] for own in fields(FusionConfig) if own.name in each}
+        try:
+            found[name] = FusionConfig(**given)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return found
 
 
 def listed(
@@ -103,13 +144,13 @@ def listed(
     alike = isinstance(each, list) and all(
         isinstance(one, dict) and isinstance(one.get("name"), str) for one in each
     )
-    if not alike or not each:
+    if not alike or not (each or settings.get("fusions")):
         raise UserError(f"{path}: its settings name no adapter")
     told = [(str(one["name"]), _own(path, one)) for one in each]
     if len(dict(told)) < len(told):
         raise UserError(f"{path}: two adapters have one name")
-    known = {*told[0][1], "head"} if each[0] is settings else set()
-    beside = {"name", "adapters", "format", "trainable_parameters", *known}
+    known = {*told[0][1], "head"} if "adapters" not in settings else set()
+    beside = {"name", "adapters", "fusions", "format", "trainable_parameters", *known}
     return told, {key: value for key, value in settings.items() if key not in beside}
 
 
@@ -153,7 +194,9 @@ def _union_of(config: Mapping[str, Any], path: str | Path) -> MethodConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def check_kinds(method: type[MethodConfig], config: Mapping[str, Any], where: str) -> None:
+def check_kinds(
+    method: type[MethodConfig | FusionConfig], config: Mapping[str, Any], where: str
+) -> None:
     """Raises a UserError for a value that is of another kind than its field's type."""
     kinds = field_kinds(method)
     for each in fields(method):

@@ -53,7 +53,7 @@ class Said:
 
 
 class _NotSaid(Exception):
-    """NeMo has no words for something of these adapters."""
+    """NeMo has no words for something of these adapters, which it names."""
 
 
 def write_nemo_adapters(
@@ -62,14 +62,21 @@ def write_nemo_adapters(
     saved: Sequence[SavedAdapter],
     extra: Mapping[str, Any],
     fusions: Sequence[SavedFusion] = (),
+    strict: bool = False,
 ) -> None:
-    """Writes adapters and fusions of a model as a `.nemo` file."""
+    """Writes adapters and fusions of a model as a `.nemo` file.
+
+    Raises:
+        UserError: where it is to be `strict`, for what NeMo has no words for.
+    """
     try:
         if fusions:
-            raise _NotSaid
+            raise _NotSaid(f"the fusion {fusions[0].name}")
         said = _in_nemo_words(model, saved, extra)
         said.values[FORMAT] = {"adapters": [settings_of(adapter) for adapter in saved], **extra}
-    except _NotSaid:
+    except _NotSaid as reason:
+        if strict:
+            raise UserError(f"NeMo has no words for {reason}") from None
         said = Said(*joined(saved, extra, fusions))
 
     def put(writer: TorchWriter) -> None:
