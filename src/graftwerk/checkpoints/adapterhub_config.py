@@ -26,6 +26,7 @@ UNION = "union"
 OWN = {each.name for each in fields(MethodSettings)} - {"leave_out"}  # it has no words for these
 # Keys of the oldest files that say nothing of what is computed.
 IDLE = {"attention_type", "new_attention_norm"}
+UNIFORM = 0.5  # the bound of a prompt's new vectors
 OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without a version
 
 
@@ -155,7 +156,8 @@ def _read_prompt(values: dict[str, Any], model: TransformerConfig, where: str) -
         raise UserError(
             f"{where}: prompt_init={values['prompt_init']!r}: random_uniform, from_string"
         )
-    values.pop("random_uniform_scale", None)  # of new weights
+    if values.pop("random_uniform_scale", UNIFORM) != UNIFORM:
+        raise UserError(f"{where}: random_uniform_scale must be {UNIFORM}")
 
 
 def _write_prompt(values: dict[str, Any], model: TransformerConfig) -> None:
@@ -203,7 +205,12 @@ ARCHITECTURES: dict[str | None, Architecture] = {
         PromptTuningConfig,
         renamed={"prompt_length": "virtual_tokens"},
         begin=SEED,
-        fixed={"shifts_positions": False, "place": "embedding", "leave_out": ()},
+        fixed={
+            "shifts_positions": False,
+            "place": "embedding",
+            "spare_tokens": 0,
+            "leave_out": (),
+        },
         silent=("init_std",),
         convert=_read_prompt,
         revert=_write_prompt,

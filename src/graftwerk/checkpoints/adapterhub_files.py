@@ -256,18 +256,20 @@ def write_part(
     """Writes an adapter, a head or a fusion into a folder and returns the bytes of both files.
 
     Each is written beside its place and renamed, the JSON last; weights of the other form, which
-    would be of an earlier adapter, are removed. Other files of the folder stay.
+    would be of an earlier adapter, are removed. Other files of the folder stay. A tensor of several
+    names is once in the file: safetensors have it under the first only.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, other = (kind.safe, kind.pickled) if safetensors else (kind.pickled, kind.safe)
     parts = [folder / f".{name}.{os.getpid()}.partial" for name in (weights, kind.config)]
     try:
-        plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         if safetensors:
-            save_file({name: t.clone().contiguous() for name, t in plain.items()}, parts[0])
+            once = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+            plain = {name: tensors[name].detach().cpu().clone() for name in once.values()}
+            save_file({k: v.contiguous() for k, v in plain.items()}, parts[0], {"format": "pt"})
         else:
-            torch.save(in_one_storage(plain), parts[0])
+            torch.save(in_one_storage(tensors), parts[0])
         write_json(parts[1], settings)
         size = sum(part.stat().st_size for part in parts)
         os.replace(parts[0], folder / weights)
@@ -309,7 +311,7 @@ def in_one_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
     for dtype in {tensor.dtype for tensor in unique.values()}:
         own = {key: tensor for key, tensor in unique.items() if tensor.dtype == dtype}
-        flat = torch.cat([tensor.reshape(-1) for tensor in own.values()])
+        flat = torch.cat([tensor.detach().cpu().reshape(-1) for tensor in own.values()])
         sizes = [tensor.numel() for tensor in own.values()]
         for (key, tensor), view in zip(own.items(), flat.split(sizes), strict=True):
             made[key] = view.view(tensor.shape)
