@@ -14,7 +14,6 @@ from graftwerk.checkpoints.resume import read_checkpoint
 from tests.graftwerk.learning_stage import ROOT, environment
 from tests.graftwerk.nemo.small import write_base, write_rows
 
-pytestmark = pytest.mark.long  # four processes that import everything
 PAGE = ROOT / "docs" / "quickstart_python.md"
 CLASSES = {"gpt": "MegatronGPTSFTModel", "t5": "MegatronT5SFTModel"}
 # Runs one of the page's files in each folder and keeps what it has predicted, and with what base.
