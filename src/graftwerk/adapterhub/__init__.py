@@ -70,6 +70,7 @@ _MODULES = {
         "StaticAdapterFusionConfig",
     ),
     "outputs": ("AdapterModelOutput", "MultiHeadOutput"),
+    "trainer": ("AdapterTrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -12,8 +12,9 @@ from graftwerk.adapterhub.context import Setup, composition_of, heads_of
 from graftwerk.adapterhub.fusion_configs import AdapterFusionConfig
 from graftwerk.adapterhub.model import HeadedModel
 from graftwerk.adapters.composition import Composition, Fuse, fusions, names
+from graftwerk.adapters.configs import MethodConfig
 from graftwerk.adapters.merge import Merge, merge
-from graftwerk.checkpoints.adapterhub_config import method_of
+from graftwerk.checkpoints.adapterhub_config import hub_config, method_of
 from graftwerk.errors import UserError
 
 
@@ -224,7 +225,7 @@ class AdapterMethods(HeadedModel):
             rows.append(
                 {
                     "name": name,
-                    "architecture": type(method).__name__.removesuffix("Config"),
+                    "architecture": self._architecture(method),
                     "#param": size,
                     "%param": 100 * size / whole,
                     "active": name in active,
@@ -235,6 +236,13 @@ class AdapterMethods(HeadedModel):
         last = {"name": "Full model", "architecture": "", "#param": whole, "%param": 100.0}
         rows.append({**last, "active": True, "train": trained})
         return rows if as_dict else _table(rows)
+
+    def _architecture(self, method: MethodConfig) -> str:
+        """AdapterHub's word for a method; our own for one that it does not have."""
+        try:
+            return hub_config(method, self.base).get("architecture") or "bottleneck"
+        except UserError:
+            return type(method).__name__.removesuffix("Config")
 
 
 def _members(adapter_names: Setup) -> list[str]:

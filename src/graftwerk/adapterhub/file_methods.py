@@ -6,6 +6,7 @@ from typing import Any
 
 from graftwerk.adapterhub.adapter_methods import AdapterMethods
 from graftwerk.adapterhub.context import Setup, composition_of, head_names
+from graftwerk.adapterhub.default_head import BaseWords
 from graftwerk.adapterhub.head_methods import HeadMethods
 from graftwerk.adapterhub.hub_names import find_adapter
 from graftwerk.adapters.composition import Composition
@@ -134,6 +135,12 @@ class FileMethods(AdapterMethods, HeadMethods):
         """Writes a head into a folder."""
         head = self._saved_head(head_name)
         save_adapterhub_head(self.base, head, save_directory, self._about, use_safetensors)
+
+    def save_all_heads(self, save_directory: PathLike, use_safetensors: bool = False) -> None:
+        """Writes every head into a folder of its name, but one for words that is the base's own."""
+        for name, head in self.heads.items():
+            if not isinstance(head, BaseWords):
+                self.save_head(Path(save_directory) / name, name, use_safetensors)
 
     def load_head(self, save_directory: PathLike, load_as: str | None = None) -> str:
         """Adds the head of a folder and activates it; returns its name.

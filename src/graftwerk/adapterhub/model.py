@@ -25,8 +25,11 @@ Labels = Tensor | Mapping[str, Tensor] | Sequence[Tensor] | None
 class HeadedModel(nn.Module):
     """The engine's model (`base`), prediction heads by name, and which of them are active.
 
-    `config` is the checkpoint's own (`transformers.PretrainedConfig`).
+    `config` is the checkpoint's own (`transformers.PretrainedConfig`). What parts of an adapter
+    share is once in `state_dict`.
     """
+
+    _keys_to_ignore_on_save = None  # transformers.Trainer asks, where a checkpoint holds no base
 
     def __init__(self, base: GPT | T5 | BERT, config: Any):
         super().__init__()
@@ -39,6 +42,8 @@ class HeadedModel(nn.Module):
             self.heads[DEFAULT] = head
             self._active_heads = [DEFAULT]
         self.train(base.training)
+        self.register_state_dict_post_hook(_once)
+        self.register_load_state_dict_pre_hook(_everywhere)
 
     # ---- what the model is
 
@@ -271,6 +276,25 @@ class HeadedModel(nn.Module):
         complete = own and len(own) == len(heads_of(setup.composition))
         with setup.active_in(self.base):
             yield setup.heads or (own if complete else self._active_heads)
+
+
+def _shared(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, first name) of every parameter that has another name before."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            yield name, first[id(parameter)]
+
+
+def _once(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, _ in _shared(model):
+        state.pop(prefix + name, None)
+
+
+def _everywhere(model: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    for name, first in _shared(model):
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
