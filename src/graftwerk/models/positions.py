@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graftwerk.models.config import RotaryScaling, TransformerConfig
 
-FAR = torch.iinfo(torch.int64).max  # further than any token
+FAR = torch.iinfo(torch.int32).max  # further than any token
 
 
 def visibility(
