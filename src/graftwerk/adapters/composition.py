@@ -257,36 +257,25 @@ def _members(composition: Composition | str | None) -> tuple[Composition | str, 
     return () if composition is None else (composition,)
 
 
-def place(
-    composition: Composition | str | None, lengths: Mapping[str, int], start: int = 0
-) -> tuple[int, dict[str, int]]:
-    """(how many columns adapters put before a row, where those of each begin).
+def columns(composition: Composition | str | None, lengths: Mapping[str, int]) -> int:
+    """How many columns adapters put before a row; `lengths`: how many each of them does.
 
     Those of a `Stack` stand one after the other, those of other blocks' children at one place.
 
     Raises:
         UserError: where children at one place have different lengths.
     """
-    if composition is None:
-        return 0, {}
-    if isinstance(composition, str):
-        length = lengths[composition]
-        return length, {composition: start} if length else {}
-    starts: dict[str, int] = {}
-    totals: list[int] = []
-    for child in composition.children:
-        offset = start + (sum(totals) if isinstance(composition, Stack) else 0)
-        total, placed = place(child, lengths, offset)
-        totals.append(total)
-        starts |= placed
+    if composition is None or isinstance(composition, str):
+        return 0 if composition is None else lengths[composition]
+    each = [columns(child, lengths) for child in composition.children]
     if isinstance(composition, Stack):
-        return sum(totals), starts
-    if len(set(totals)) > 1:
+        return sum(each)
+    if len(set(each)) > 1:
         raise UserError(
-            f"{composition}: its children put {totals} virtual tokens before a row; side by side "
+            f"{composition}: its children put {each} virtual tokens before a row; side by side "
             f"they must be as many"
         )
-    return totals[0], starts
+    return each[0]
 
 
 # ---- reading a text

@@ -10,8 +10,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from graftwerk.adapters.composition import Composition
-from graftwerk.adapters.plan import resolve
+from graftwerk.adapters.composition import Composition, width
+from graftwerk.adapters.plan import Place, resolve
 from graftwerk.adapters.slots import Action, Flow, SlotCall
 
 
@@ -51,8 +51,8 @@ class Heads(nn.Module):
 
     def resolve(self, composition: Composition | str | None) -> Action | None:
         """Who answers under a composition."""
-        leaves = {name: part.__call__ for name, part in self.adapter_layer.items()}
-        return resolve(composition, leaves)
+        parts = dict(self.adapter_layer.items())
+        return resolve(composition, Place(parts, copies=width(composition)))
 
     def forward(self, x: Tensor, action: Action | None, flow: Flow) -> Tensor:
         """Hidden states [..., h] -> scores [..., labels]."""

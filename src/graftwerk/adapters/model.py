@@ -12,9 +12,9 @@ from graftwerk.adapters.composition import (
     Composition,
     Parallel,
     below,
+    columns,
     fusions,
     names,
-    place,
     width,
 )
 from graftwerk.adapters.configs import MethodConfig, settings_of
@@ -191,21 +191,26 @@ class AdapterModel(nn.Module):
             self._check_known(name)
         self.replacements.check(composition)
         methods = {name: self.adapters[name] for name in names(composition)}
-        columns, starts = place(composition, {n: m.columns for n, m in methods.items()})
-        shift, _ = place(composition, {n: m.shift for n, m in methods.items()})
+        lengths = {name: method.columns for name, method in methods.items()}
         slots = [s for s in slots_of(self).values() if s.site.layer not in set(skip_layers)]
-        actions = {slot.key: resolve_slot(composition, slot, starts) for slot in slots}
-        wide = below(composition, Parallel)
+        wide, copies = below(composition, Parallel), width(composition)
         layers = [slot.site.layer for slot in slots if wide & set(slot.adapter_layer)]
+        widen_at = min(layers, default=0) if wide else None
+        actions = {}
+        for slot in slots:
+            widened = widen_at is not None and slot.site.layer >= widen_at
+            action = resolve_slot(composition, slot, lengths, copies if widened else 1)
+            if action is not None:
+                actions[slot.key] = action
         return Plan(
             composition,
             tuple(skip_layers),
-            {key: action for key, action in actions.items() if action is not None},
+            actions,
             None if self._heads is None else self._heads.resolve(composition),
-            width(composition),
-            min(layers, default=0) if wide else None,
-            columns,
-            shift,
+            copies,
+            widen_at,
+            columns(composition, lengths),
+            columns(composition, {name: method.shift for name, method in methods.items()}),
             any(part.whole_row for name in methods for _, _, part in self.parts(name)),
             self._distances(composition, methods),
         )

@@ -4,7 +4,7 @@ An *action* is what one slot does: it takes a `SlotCall` and gives the slot's ne
 one; a block of a composition joins those of its children.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from graftwerk.adapters.composition import (
     Parallel,
     Split,
     Stack,
+    columns,
     names,
 )
 from graftwerk.adapters.fusion import Fusable, Fusion, fuse
@@ -56,46 +57,72 @@ class Plan:
     distances: str = "none"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a model and in a composition an action is.
+
+    Args:
+        parts: what adapters have in the slot, by name; or their heads.
+        slot: None for heads.
+        columns: how many columns each adapter puts before a row.
+        start: the column at which those of the composition begin.
+        copies: of the batch, in what the action is given.
+    """
+
+    parts: Mapping[str, nn.Module]
+    slot: Slot | None = None
+    columns: Mapping[str, int] = field(default_factory=dict)
+    start: int = 0
+    copies: int = 1
+
+    def of_children(self, composition: Composition) -> Iterator["Place"]:
+        """The places of a block's children."""
+        copies, start = self.copies, self.start
+        if isinstance(composition, Parallel):
+            copies = max(copies // len(composition), 1)
+        for child in composition.children:
+            yield replace(self, start=start, copies=copies)
+            if isinstance(composition, Stack) and self.columns:
+                start += columns(child, self.columns)
+
+
 def resolve_slot(
-    composition: Composition | str | None, slot: Slot, starts: Mapping[str, int]
+    composition: Composition | str | None, slot: Slot, columns: Mapping[str, int], copies: int
 ) -> Action | None:
-    """The action of a slot. `starts`: the columns of a row at which adapters' prompts begin.
+    """The action of a slot; `columns` and `copies` as in `Place`.
 
     Raises:
         UserError: for a block that has no meaning for a part in the slot, and a fusion that the
             model does not have.
     """
     parts = dict(slot.adapter_layer.items())
-    leaves: dict[str, Action] = {
-        name: partial(_from, part, starts[name]) if name in starts else part.__call__
-        for name, part in parts.items()
-    }
     for name in set(names(composition)) & parts.keys():
         _check_suited(composition, name, parts[name])
-    return resolve(composition, leaves, slot)
+    return resolve(composition, Place(parts, slot, columns, copies=copies))
 
 
-def resolve(
-    composition: Composition | str | None, leaves: Mapping[str, Action], slot: Slot | None = None
-) -> Action | None:
-    """The action that a composition makes of those of its adapters; None where it does nothing."""
+def resolve(composition: Composition | str | None, place: Place) -> Action | None:
+    """The action that a composition comes to in a place; None where it does nothing."""
     if composition is None or isinstance(composition, str):
-        return None if composition is None else leaves.get(composition)
-    if isinstance(composition, Fuse) and slot is not None:
-        return _fusing(composition, leaves, slot)
-    children = [resolve(child, leaves, slot) for child in composition.children]
+        part = None if composition is None else place.parts.get(composition)
+        return part if part is None else partial(_from, part, place.start)
+    if isinstance(composition, Fuse) and place.slot is not None:
+        return _fusing(composition, place, place.slot)
+    places = place.of_children(composition)
+    pairs = zip(composition.children, places, strict=True)
+    children = [resolve(child, inner) for child, inner in pairs]
     active = [child for child in children if child is not None]
     if not active:
         return None
     match composition:
         case Stack() | Fuse():  # heads are not fused: the last that is there answers
-            if slot is not None and slot.site.name == "lm_input":
+            if place.slot is not None and place.slot.site.name == "lm_input":
                 active.reverse()  # what was done to the embeddings last is undone first
             return active[0] if len(active) == 1 else partial(_in_sequence, active)
         case Parallel():
             return partial(_in_parallel, children)
         case BatchSplit():
-            return partial(_by_rows, composition, children)
+            return partial(_by_rows, composition, children, place.copies)
         case Split():
             return partial(_by_columns, composition, children)
         case Average():
@@ -145,19 +172,34 @@ def _in_parallel(children: Sequence[Action | None], call: SlotCall) -> Tensor:
     return call.gather(calls)
 
 
-def _by_rows(block: BatchSplit, children: Sequence[Action | None], call: SlotCall) -> Tensor:
-    sizes, rows = block.batch_sizes, call.flow.rows
-    if rows is not None:  # some rows have left the batch: those that stay know their number
-        bounds = torch.tensor(sizes, device=rows.device).cumsum(0)
-        return _apart(children, call, torch.bucketize(rows, bounds, right=True))
-    if call.output.shape[0] != sum(sizes):
+def _by_rows(
+    block: BatchSplit, children: Sequence[Action | None], copies: int, call: SlotCall
+) -> Tensor:
+    count, flow = sum(block.batch_sizes), call.flow
+    rows, device = flow.rows, call.output.device
+    if rows is None:
+        if call.output.shape[0] != copies * count:
+            raise UserError(
+                f"{block}: batch_sizes add up to {count}, the batch has "
+                f"{call.output.shape[0] // copies} rows"
+            )
+        rows = torch.arange(count, device=device).repeat(copies)
+        if copies == 1:
+            calls = [call.rows_at(part) for part in rows.split(list(block.batch_sizes))]
+            _run(children, calls)
+            return call.gather(calls)
+    # Some rows have left the batch, or there are copies of it: rows know their number.
+    if len(rows) and int(rows.max()) >= count:
         raise UserError(
-            f"{block}: batch_sizes add up to {sum(sizes)}, the batch has "
-            f"{call.output.shape[0]} rows"
+            f"{block}: batch_sizes add up to {count}, the batch has a row {int(rows.max()) + 1}"
         )
-    calls = [call.rows_at(part) for part in torch.arange(sum(sizes)).split(list(sizes))]
-    _run(children, calls)
-    return call.gather(calls)
+    sizes = torch.tensor(block.batch_sizes, device=device)
+    stops = sizes.cumsum(0)
+    choice = torch.bucketize(rows, stops, right=True)
+    call.flow = replace(flow, rows=rows - (stops - sizes)[choice])  # as the child counts them
+    output = _apart(children, call, choice)
+    call.flow = flow
+    return output
 
 
 def _by_task(block: MultiTask, children: Sequence[Action | None], call: SlotCall) -> Tensor:
@@ -198,13 +240,10 @@ def _by_columns(block: Split, children: Sequence[Action | None], call: SlotCall)
 def _averaged(shares: Sequence[float], children: Sequence[Action | None], call: SlotCall) -> Tensor:
     calls = [replace(call) for _ in children]
     _run(children, calls)
-    call.agree(calls)
-    return sum(
-        (s * one.output for s, one in zip(shares, calls, strict=True)), start=torch.zeros(())
-    )
+    return call.weigh(calls, shares)
 
 
-def _fusing(block: Fuse, leaves: Mapping[str, Action], slot: Slot) -> Action | None:
+def _fusing(block: Fuse, place: Place, slot: Slot) -> Action | None:
     """The children that have parts here: what runs first, and the part that is weighed."""
     members: list[tuple[Action | None, Fusable]] = []
     for child in block.children:
@@ -214,7 +253,7 @@ def _fusing(block: Fuse, leaves: Mapping[str, Action], slot: Slot) -> Action | N
         assert isinstance(final, str)
         if final in slot.adapter_layer:
             part: Any = slot.adapter_layer[final]  # `_check_suited` knows that it is fusable
-            members.append((resolve(Stack(*before), leaves, slot) if before else None, part))
+            members.append((resolve(Stack(*before), place) if before else None, part))
     if not members:
         return None
     if block.name not in slot.fusion_layer:

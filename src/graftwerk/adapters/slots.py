@@ -99,7 +99,8 @@ class SlotCall:
     still has to go through. `bias`: what `output` already includes of the sublayer's own: the bias
     of a projection, the vectors of positions. `positions`: [batch or 1, sequence]. `virtual`: how
     many of the first columns are virtual tokens, for prompts to fill; `start`: the part's first.
-    `joined`: `output` is the layer's next state already, with nothing to be added. `seen`
+    `joined`: `output` is the layer's next state already, with nothing to be added; a mask [batch,
+    sequence, 1] where that holds of some tokens only. `seen`
     [batch, rows] or None: which rows of a prefix there are. `before`, `behind`: how many tokens of
     its text stand before each token and behind it, [batch or 1, sequence]; padding is far from any.
     """
@@ -114,7 +115,7 @@ class SlotCall:
     positions: Tensor | None = None
     virtual: int = 0
     start: int = 0
-    joined: bool = False
+    joined: bool | Tensor = False
     seen: Tensor | None = None
     before: Tensor | None = None
     behind: Tensor | None = None
@@ -124,13 +125,22 @@ class SlotCall:
         if self.dropout is not None:
             self.output, self.dropout = self.dropout(self.output), None
 
-    def join(self) -> None:
-        """Adds `output` to the residual stream and normalises, unless that was done."""
+    def join(self, where: bool | Tensor = True) -> None:
+        """Adds `output` to the residual stream and normalises, unless that was done.
+
+        `where`: at these tokens only, as in `joined`.
+        """
         self.drop()
-        if not self.joined:
-            assert self.residual is not None
-            x = self.residual + self.output
-            self.output, self.joined = (x if self.norm is None else self.norm(x)), True
+        if self.joined is True or where is False:
+            return
+        assert self.residual is not None
+        x = self.residual + self.output
+        x = x if self.norm is None else self.norm(x)
+        if where is True and self.joined is False:
+            self.output, self.joined = x, True
+            return
+        done, wanted = _mask(self.joined, x), _mask(where, x)
+        self.output, self.joined = torch.where(wanted & ~done, x, self.output), done | wanted
 
     def rows_at(self, index: Tensor) -> "SlotCall":
         """The call of some of the batch's rows, by their numbers [n]."""
@@ -164,6 +174,7 @@ class SlotCall:
         return replace(
             self,
             output=output,
+            joined=self._joined_of(cut),
             flow=flow,
             input=cut(self.input),
             residual=cut(self.residual),
@@ -182,6 +193,7 @@ class SlotCall:
         return replace(
             self,
             output=self.output[:, part],
+            joined=self._joined_of(cut),
             flow=replace(self.flow, offset=self.flow.offset + part.start),
             input=cut(self.input),
             residual=cut(self.residual),
@@ -191,21 +203,46 @@ class SlotCall:
             behind=cut(self.behind),
         )
 
-    def agree(self, calls: Sequence["SlotCall"]) -> None:
-        """Brings calls that ran apart to the same point, and this one with them."""
-        if any(call.joined for call in calls):
-            for call in calls:
-                call.join()
-        elif any(call.dropout is None for call in calls):
+    def _joined_of(self, cut: Callable[[Tensor | None], Tensor | None]) -> bool | Tensor:
+        if isinstance(self.joined, bool):
+            return self.joined
+        mask = cut(self.joined)
+        assert mask is not None
+        return mask
+
+    def weigh(self, calls: Sequence["SlotCall"], shares: Sequence[float]) -> Tensor:
+        """The sum of the outputs of calls that ran side by side, each times its share.
+
+        Where one of them is the layer's next state, the others become it first.
+        """
+        self._drop_alike(calls)
+        where: bool | Tensor = any(call.joined is True for call in calls)
+        masks = [call.joined for call in calls if isinstance(call.joined, Tensor)]
+        if masks and not where:
+            where = torch.stack(masks).any(0)
+        for call in calls:
+            call.join(where)
+        self.joined = where
+        first, *others = (share * call.output for share, call in zip(shares, calls, strict=True))
+        return sum(others, start=first)
+
+    def _drop_alike(self, calls: Sequence["SlotCall"]) -> None:
+        if any(call.dropout is None for call in calls):
             for call in calls:
                 call.drop()
-        self.joined, self.dropout = calls[0].joined, calls[0].dropout
+        self.dropout = calls[0].dropout
 
     def gather(
         self, calls: Sequence["SlotCall"], order: Tensor | None = None, dim: int = 0
     ) -> Tensor:
         """The outputs of calls that ran apart, one after the other, then in `order` if given."""
-        self.agree(calls)
+        self._drop_alike(calls)
+        self.joined = calls[0].joined
+        if any(call.joined is not self.joined for call in calls):
+            masks = [_mask(call.joined, call.output) for call in calls]
+            self.joined = _ordered(torch.cat(masks, dim), order)
+        elif isinstance(self.joined, Tensor):
+            self.joined = _ordered(self.joined, order)
         if dim == 0:
             _pad_prefixes(calls)
         if dim == 0 and any(call.seen is not None for call in calls):
@@ -214,6 +251,13 @@ class SlotCall:
 
 
 Action = Callable[[SlotCall], Tensor]
+
+
+def _mask(where: bool | Tensor, like: Tensor) -> Tensor:
+    """`joined` as a mask, for an output such as this."""
+    if isinstance(where, Tensor):
+        return where
+    return torch.full((*like.shape[:-1], 1), where, device=like.device)
 
 
 def _ordered(tensor: Tensor, order: Tensor | None) -> Tensor:

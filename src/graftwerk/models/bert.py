@@ -119,10 +119,10 @@ class BERT(Transformer):
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             token_types = None if token_types is None else token_types.repeat(plan.width, 1)
-            context.widen(plan.width)
+            context = context.widened(plan.width)
         x = self.embedding(tokens, context.positions, context.flow, token_types, virtual)
-        x = self.encoder(x, context, plan.width, plan.widen_at)[:, virtual:]
-        return self.encoder.finish(x), replace(context.flow, offset=0)
+        x, context = self.encoder(x, context, plan.width, plan.widen_at)
+        return self.encoder.finish(x[:, virtual:]), replace(context.flow, offset=0)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The first token's state, [B, S, h] -> [B, h], through the pooler where there is one."""

@@ -85,7 +85,7 @@ class GPT(Transformer):
         context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
-            context.widen(plan.width)
+            context = context.widened(plan.width)
         x = self.embedding(tokens, context.positions, context.flow, virtual=columns)
-        x = self.decoder(x, context, plan.width, plan.widen_at)
+        x, context = self.decoder(x, context, plan.width, plan.widen_at)
         return x[:, columns:], replace(context.flow, offset=context.flow.offset + columns)

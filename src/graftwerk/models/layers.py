@@ -68,20 +68,29 @@ class Context:
     documents: Tensor | None = None
     end: Tensor | None = None
 
-    def widen(self, n: int) -> None:
-        """Makes it fit a batch that is repeated `n` times."""
-        self.mask, self.window_mask = widen(self.mask, n), widen(self.window_mask, n)
-        self.states_mask = widen(self.states_mask, n)
-        self.documents, self.end = widen(self.documents, n), widen(self.end, n)
+    def widened(self, n: int) -> "Context":
+        """The context of a batch that is repeated `n` times.
+
+        Another object: gradient checkpointing runs the layers below a second time, with theirs.
+        """
         positions = widen(self.positions, n)
         assert positions is not None
-        self.positions = positions
-        if self.states is not None:
-            self.states = self.states.repeat(n, 1, 1)
-        if self.rotary is not None and self.rotary[0].shape[0] > 1:
-            cos, sin = self.rotary
-            self.rotary = torch.cat([cos] * n), torch.cat([sin] * n)
-        self.flow, self.source_flow = widened(self.flow, n), widened(self.source_flow, n)
+        rotary = self.rotary
+        if rotary is not None and rotary[0].shape[0] > 1:
+            rotary = torch.cat([rotary[0]] * n), torch.cat([rotary[1]] * n)
+        return replace(
+            self,
+            positions=positions,
+            flow=widened(self.flow, n),
+            source_flow=widened(self.source_flow, n),
+            mask=widen(self.mask, n),
+            window_mask=widen(self.window_mask, n),
+            rotary=rotary,
+            states=repeated(self.states, n),
+            states_mask=widen(self.states_mask, n),
+            documents=widen(self.documents, n),
+            end=widen(self.end, n),
+        )
 
     def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:
         """What `scaled_dot_product_attention` is given: the mask (or scores), and `is_causal`."""
@@ -483,8 +492,10 @@ class Layers(nn.Module):
         if config.embedding_size:
             self.projection = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
 
-    def forward(self, x: Tensor, context: Context, width: int, widen_at: int | None) -> Tensor:
-        """[B, S, h] -> [B, S, h], without what is behind the last layer.
+    def forward(
+        self, x: Tensor, context: Context, width: int, widen_at: int | None
+    ) -> tuple[Tensor, Context]:
+        """[B, S, h] -> [B, S, h], without what is behind the last layer, and its context.
 
         Before layer `widen_at` the batch is repeated `width` times.
         """
@@ -492,9 +503,9 @@ class Layers(nn.Module):
             assert isinstance(layer, TransformerLayer)
             if layer.number == widen_at:
                 x = x.repeat(width, 1, 1)
-                context.widen(width)
+                context = context.widened(width)
             x = layer(x, context)
-        return x
+        return x, context
 
     def finish(self, x: Tensor) -> Tensor:
         """What is behind the last layer: norm and projection; [..., h] -> [..., h or e]."""
@@ -531,8 +542,9 @@ class Embedding(nn.Module):
             self.token_type_embeddings = Lookup(config.num_token_types, hidden)
         if config.embedding_layernorm:
             self.layernorm = make_norm(config)
-        self.words = Slot(Site("word_embedding", -1, hidden, hidden))
-        self.output = Slot(Site("embedding", -1, hidden, hidden))
+        stack = "decoder" if config.architecture == "gpt" else "encoder"  # a T5's are its encoder's
+        self.words = Slot(Site("word_embedding", -1, hidden, hidden, stack=stack))
+        self.output = Slot(Site("embedding", -1, hidden, hidden, stack=stack))
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def forward(

@@ -114,11 +114,12 @@ class T5(Transformer):
         if wide:  # the encoder has repeated the batch already
             tokens = tokens.repeat(plan.width, 1)
             states, context.states = context.states, None
-            context.widen(plan.width)
+            context = context.widened(plan.width)
             context.states = states
         self._add_relative_scores(context, tokens.shape[1])
         x = self.embedding(tokens, context.positions, Flow())  # its slots are the encoder's
-        return self.decoder(x, context, plan.width, plan.widen_at), context.flow
+        x, context = self.decoder(x, context, plan.width, plan.widen_at)
+        return x, context.flow
 
     def encode(
         self,
@@ -150,9 +151,10 @@ class T5(Transformer):
             context.scores = context.relative(source.shape[1], source.shape[1])
         if plan.widen_at == -1:
             source = source.repeat(plan.width, 1)
-            context.widen(plan.width)
+            context = context.widened(plan.width)
         x = self.embedding(source, context.positions, context.flow, virtual=virtual)
-        return self.encoder.finish(self.encoder(x, context, plan.width, plan.widen_at))
+        x, _ = self.encoder(x, context, plan.width, plan.widen_at)
+        return self.encoder.finish(x)
 
     def _add_relative_scores(self, context: Context, new: int) -> None:
         relative = self.decoder.relative_position
