@@ -150,7 +150,7 @@ class FileMethods(AdapterMethods, HeadMethods):
         Raises:
             UserError: where there is none, and where it does not fit the model.
         """
-        part = only(read_adapterhub(save_directory).heads, str(save_directory), "head")
+        part = only(read_adapterhub(save_directory, [HEAD]).heads, str(save_directory), "head")
         return self._take_head(part, str(save_directory), load_as or part.name)
 
     def _take_head(self, part: HubPart, where: str, name: str) -> str:

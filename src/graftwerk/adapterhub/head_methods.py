@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from graftwerk.adapterhub.model import HeadedModel
 from graftwerk.errors import UserError
 from graftwerk.models import BERT
@@ -37,8 +39,11 @@ class HeadMethods(HeadedModel):
             raise UserError(
                 f"a head {name!r} is there already: set overwrite_ok=True to replace it"
             )
-        if not name or "." in name:
-            raise UserError(f"head name {name!r}: a name without dots is needed")
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise UserError(
+                f"head name {name!r}: a name without dots is needed, and no word of "
+                f"torch.nn.ModuleDict such as 'keys' or 'train'"
+            )
         kind, base = config.get("head_type"), self.base
         kinds = TYPES[base.config.architecture]
         if kind not in kinds:
@@ -140,10 +145,10 @@ class HeadMethods(HeadedModel):
     def add_causal_lm_head(
         self,
         head_name: str,
-        activation_function: str | None = None,
-        layers: int = 1,
-        layer_norm: bool = False,
-        bias: bool = False,
+        activation_function: str | None = "gelu",
+        layers: int = 2,
+        layer_norm: bool = True,
+        bias: bool = True,
         overwrite_ok: bool = False,
     ) -> None:
         """Adds a head for next words; its projection is the embeddings' where the base's is."""
