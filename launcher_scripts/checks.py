@@ -28,12 +28,22 @@ from launcher_scripts.notices import (
 from launcher_scripts.paths import check_paths
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
-from launcher_scripts.stages import BASES, STAGES, files_of, fill_auto
+from launcher_scripts.stages import BASES, STAGES, files_of, fill_auto, fill_export
 from launcher_scripts.tuning import check_tuning
 from launcher_scripts.validate import UNKNOWN, check, fields_of, nearest, shown
 
 # An option of the groups that have no `gpt3/squad`.
-EXAMPLES = {"data_prep": "squad", "training": "gpt3/126m", "conversion": "gpt3/hf_to_nemo"}
+EXAMPLES = {
+    "data_prep": "squad",
+    "training": "gpt3/126m",
+    "conversion": "gpt3/hf_to_nemo",
+    "export": "adapter",
+}
+
+
+# Stages that take values from the others, and how.
+FOLLOWERS = {"eval": fill_auto, "export": fill_export}
+FORMAT_OF_TAR, FOLDERS = "nemo", ("graftwerk", "adapterhub", "peft", "huggingface")
 
 
 def finish(composition: Composition) -> list[str]:
@@ -70,9 +80,10 @@ class _Check:
         self.cfg.stages = self.stages
         self._idle_words()
         present = [name for name in STAGES if self._present(name)]
-        plain = {name: self._stage(name) for name in present if name != "eval"}
-        if "eval" in present:
-            plain["eval"] = self._eval()
+        plain = {name: self._stage(name) for name in present if name not in FOLLOWERS}
+        for name in FOLLOWERS:
+            if name in present:
+                plain[name] = self._follower(name)
         for name in self.stages:
             if name in plain:
                 self._base(name, plain[name])
@@ -185,21 +196,42 @@ class _Check:
                 plain = resolved(self.cfg, name, name, report)
         return plain
 
-    def _eval(self) -> Any:
-        """`eval` after the stages that its `auto` values are taken from."""
+    def _follower(self, name: str) -> Any:
+        """A stage after those that its `auto` values are taken from."""
         if self.problems:
             return None  # what is wrong there would be said twice
-        given = set(keys_of(self.cfg.eval))
-        self.notices += fill_auto(self.cfg)
-        plain = self._stage("eval", given)
+        given = set(keys_of(self.cfg[name]))
+        self.notices += FOLLOWERS[name](self.cfg)
+        plain = self._stage(name, given)
         model = plain.get("model") if isinstance(plain, dict) else None
         for key, value in (model or {}).items():
-            if value == "auto":
+            if value == "auto" and name in self.stages:
                 self.report(
-                    f"eval.model.{key}",
+                    f"{name}.model.{key}",
                     "auto, but no learning stage says what it is; give a value",
                 )
+        if name == "export" and name in self.stages:
+            self._form(plain)
         return plain
+
+    def _form(self, plain: Any) -> None:
+        """A form of adapters holds no model, nor the other way round."""
+        form, merge = plain.get("format"), plain.get("merge")
+        if merge is True and form in ("adapterhub", "peft"):
+            self.report(
+                "export.format",
+                f"{form} holds adapters and no model; with export.merge=True use graftwerk, nemo "
+                f"or huggingface",
+            )
+        if merge is False and form == "huggingface":
+            self.report(
+                "export.format",
+                "huggingface holds a whole model; set export.merge=True, or use peft",
+            )
+        path = str(plain.get("output_path"))
+        if form in (FORMAT_OF_TAR, *FOLDERS) and path.endswith(".nemo") != (form == FORMAT_OF_TAR):
+            must = "must end in .nemo" if form == FORMAT_OF_TAR else "must not end in .nemo"
+            self.report("export.output_path", f"{path} {must} with export.format={form}")
 
     def _prep_in_front(self) -> None:
         """Put `data_prep` first where SQuAD's files are asked for and not there yet."""

@@ -28,6 +28,7 @@ stages, in their order
   adapter_learning  bottleneck adapters on a frozen model
   ia3_learning      IA3 on a frozen model
   eval              base and adapters answer the test rows, scored side by side
+  export            adapters in the form of AdapterHub, peft or NeMo, or merged into their base
 
 examples
   python3 main.py experiment=quickstart

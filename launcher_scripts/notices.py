@@ -9,7 +9,6 @@ ABSENT_STAGES = (
     "prompt_learning",
     "conversion_hf2nemo",
     "external_conversion",
-    "export",
     "quantization",
     "ptq",
     "autoconfigurator",

@@ -36,7 +36,7 @@ class _Paths:
 
     def run(self, stages: Sequence[str], root: dict[str, Any]) -> list[str]:
         for name in stages:
-            for key in BASES if name == "eval" or STAGES[name].adapts else ():
+            for key in BASES if name in ("eval", "export") or STAGES[name].adapts else ():
                 self.other_place(name, key)
             for key, path in self.read_keys(name):
                 if not os.path.isabs(path) and HUB_NAME.fullmatch(path):
@@ -44,7 +44,9 @@ class _Paths:
                 elif not os.path.exists(path) and not self.made(path):
                     self.missing(f"{name}.{key}", path)
             if name == "conversion":
-                self.in_the_way(self.cfg[name].model)
+                self.in_the_way("conversion", "conversion.model", self.cfg[name].model)
+            if name == "export":
+                self.in_the_way("export", "export", self.cfg[name])
             self.written += STAGES[name].writes(self.cfg[name])
             self.written.append(str(self.cfg[name].run.results_dir))
         key_file = root.get("wandb_api_key_file")
@@ -67,14 +69,14 @@ class _Paths:
         what = f"{path} does not exist, and no stage before writes it"
         self.wrong(key, what, f"{path} does not exist on this machine")
 
-    def in_the_way(self, model: DictConfig) -> None:
-        path = str(model.output_path)
-        if os.path.exists(path) and not model.overwrite:
+    def in_the_way(self, stage: str, key: str, section: DictConfig) -> None:
+        path = str(section.output_path)
+        if os.path.exists(path) and not section.overwrite:
             what = (
-                f"{path} exists already: leave conversion out of stages to use it, set "
-                "conversion.model.overwrite=True to replace it, or choose another path"
+                f"{path} exists already: leave {stage} out of stages to use it, set "
+                f"{key}.overwrite=True to replace it, or choose another path"
             )
-            self.wrong("conversion.model.output_path", what, what)
+            self.wrong(f"{key}.output_path", what, what)
 
     def repository(self, key: str, name: str) -> None:
         """A name of the Hub is looked up by the job, not here."""

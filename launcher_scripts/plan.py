@@ -55,7 +55,7 @@ class Plan:
         self.cluster_type = self._value("cluster_type", "bcm")
         self.needed = set(self.stages)
         learners = {stage.name for stage in STAGES.values() if stage.learns}
-        if not learners & self.needed and "eval" in self.needed:
+        if not learners & self.needed and {"eval", "export"} & self.needed:
             # What its `auto` values are taken from, where there is such a file.
             self.needed |= {name for name in learners if self._exists(name)}
         if {"eval", *learners} & self.needed:

@@ -715,6 +715,30 @@ class EvalStage:
     exp_manager: EvalExpManager = field(default_factory=EvalExpManager)
 
 
+# ---- export
+
+
+@keys
+class ExportModel:
+    """Which adapters are exported, and the base that they lie on."""
+
+    language_model_path: Checkpoint | Literal["auto"] | None = "auto"
+    restore_from_path: Checkpoint | None = None
+    revision: str | None = "auto"
+    adapters: list[Evaluated] | Literal["auto"] = "auto"
+
+
+@keys
+class ExportStage:
+    run: Run
+    format: Literal["graftwerk", "adapterhub", "peft", "nemo", "huggingface"]
+    merge: bool = False
+    output_path: Path | Literal["auto"] = "auto"
+    overwrite: bool = False
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    model: ExportModel = field(default_factory=ExportModel)
+
+
 # ---- clusters and the whole
 
 
@@ -770,6 +794,7 @@ STAGE_SCHEMAS: dict[str, type] = {
     "adapter_learning": AdapterStage,
     "ia3_learning": IA3Stage,
     "eval": EvalStage,
+    "export": ExportStage,
 }
 
 

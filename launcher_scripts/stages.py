@@ -88,6 +88,16 @@ def _eval_reads(cfg: DictConfig) -> list[str]:
     return [*_each(cfg.model, *keys), *paths]
 
 
+def _export_reads(cfg: DictConfig) -> list[str]:
+    found = OmegaConf.select(cfg, "model.adapters")
+    paths = [str(each["path"]) for each in found] if found not in (None, "auto") else []
+    return [*_each(cfg.model, *BASES), *paths]
+
+
+def _export_writes(cfg: DictConfig) -> list[str]:
+    return _each(cfg, "output_path")
+
+
 def _eval_writes(cfg: DictConfig) -> list[str]:
     return [str(Path(str(cfg.run.results_dir)) / "results" / "metrics.json")]
 
@@ -112,6 +122,7 @@ STAGES: dict[str, Stage] = {
         Stage("adapter_learning", True, True, True, _learning_reads, _model),
         Stage("ia3_learning", True, True, True, _learning_reads, _model),
         Stage("eval", False, False, True, _eval_reads, _eval_writes),
+        Stage("export", False, False, False, _export_reads, _export_writes),
     )
 }
 
@@ -126,7 +137,7 @@ def fill_auto(cfg: DictConfig) -> list[str]:
     if "eval" not in cfg.stages or not cfg.get("eval"):
         return []
     model = cfg.eval.model
-    learners, lines = _learners(cfg)
+    learners, lines = _learners(cfg, "eval")
     with open_dict(cfg):
         if model.get("restore_from_path") and model.get("language_model_path") == "auto":
             model.language_model_path = None
@@ -136,11 +147,32 @@ def fill_auto(cfg: DictConfig) -> list[str]:
         _fill_rows(model, cfg[learners[0]].model)
         if model.get("task_templates") == "auto":
             model.task_templates = _templates(cfg[name] for name in learners)
-        results, more = _results(cfg, learners, base_of(model))
+        results, more = _results(cfg, learners, base_of(model), "eval")
         for key in ("adapters", "models"):
             if model.get(key, "auto") == "auto":
                 model[key] = [each for each, whole in results if whole == (key == "models")]
                 lines += [line for line in more if line not in lines]
+    return lines
+
+
+def fill_export(cfg: DictConfig) -> list[str]:
+    """Replace the `auto` values of `cfg.export` in place; as `fill_auto` does for `eval`."""
+    if "export" not in cfg.stages or not cfg.get("export"):
+        return []
+    model = cfg.export.model
+    learners, lines = _learners(cfg, "export")
+    with open_dict(cfg):
+        if model.get("restore_from_path") and model.get("language_model_path", "auto") == "auto":
+            model.language_model_path = None
+        _fill_base(model, [cfg[name] for name in learners])
+        if learners and model.get("adapters", "auto") == "auto":
+            results, more = _results(cfg, learners, base_of(model), "export")
+            model.adapters = [each for each, whole in results if not whole] or "auto"
+            lines += [line for line in more if line not in lines]
+        if cfg.export.get("output_path", "auto") == "auto" and cfg.export.get("format"):
+            kind = "model" if cfg.export.get("merge") else "adapter"
+            last = f"{kind}.nemo" if cfg.export.format == "nemo" else cfg.export.format
+            cfg.export.output_path = f"{cfg.export.run.results_dir}/results/{last}"
     return lines
 
 
@@ -190,8 +222,8 @@ def _fill_rows(model: DictConfig, learned: DictConfig) -> None:
             model.data[key] = values[0]
 
 
-def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
-    """Names of the stages that `eval` follows, adapters before bases, and why it took them."""
+def _learners(cfg: DictConfig, stage: str) -> tuple[list[str], list[str]]:
+    """Names of the stages that `stage` follows, adapters before bases, and why it took them."""
     configured = [s.name for s in STAGES.values() if s.learns and cfg.get(s.name)]
     listed = [name for name in configured if name in cfg.stages]
     by_adapters = sorted(listed, key=lambda name: not STAGES[name].adapts)
@@ -202,9 +234,10 @@ def _learners(cfg: DictConfig) -> tuple[list[str], list[str]]:
     adapted.sort(key=lambda name: not Path(str(base_of(cfg[name].model))).exists())
     found = [name for name in adapted if Path(str(cfg[name].model.nemo_path)).exists()]
     if found:
-        return found, [f"eval: takes the results that exist already: {', '.join(found)}"]
+        return found, [f"{stage}: takes the results that exist already: {', '.join(found)}"]
     expected = " or ".join(str(cfg[name].model.nemo_path) for name in adapted)
-    line = f"eval: scores the base alone: no adapter at {expected}"
+    does = "scores the base alone" if stage == "eval" else "finds nothing to write"
+    line = f"{stage}: {does}: no adapter at {expected}"
     return adapted or configured, [line] if adapted else []
 
 
@@ -231,7 +264,7 @@ def trains_whole(name: str, model: Any) -> bool:
 
 
 def _results(
-    cfg: DictConfig, learners: list[str], base: Any
+    cfg: DictConfig, learners: list[str], base: Any, stage: str
 ) -> tuple[list[tuple[dict[str, str], bool]], list[str]]:
     """What the stages with a base leave: (name and path, whether it is a whole model)."""
     results, lines = [], []
@@ -241,7 +274,7 @@ def _results(
             continue
         own = base_of(model)
         if own != base:
-            lines.append(f"eval: leaves out {name}: its base is {own}, not {base}")
+            lines.append(f"{stage}: leaves out {name}: its base is {own}, not {base}")
             continue
         result = {"name": name, "path": str(model.nemo_path)}
         results.append((result, trains_whole(name, model)))

@@ -25,6 +25,7 @@ STAGES = {
     "conversion": "graftwerk.stages.conversion",
     **dict.fromkeys(LEARNING, "graftwerk.stages.learning"),
     "eval": "graftwerk.stages.eval",
+    "export": "graftwerk.stages.export",
 }
 COMMANDS = {
     "score": "graftwerk.evaluation.score",

@@ -98,6 +98,11 @@ def test_every_shipped_option_renders(command, stage):
             more = ["data_prep=synthetic"]
         if stage == "conversion":
             more = ["conversion.model.checkpoint_folder=/base"]
+        if stage == "export":
+            more = [
+                "export.model.language_model_path=/base",
+                "export.model.adapters=[{name: a, path: /a}]",
+            ]
         if "bert" in str(path) and stage != "eval":
             more = [f"{stage}.model.language_model_path=/base"]
         answer = command(f"stages={stage}", f"{stage}={option}", *more)

@@ -47,7 +47,7 @@ def names(cfg: DictConfig) -> list[str]:
 
 def test_stages_stand_in_canonical_order():
     learning = ["fine_tuning", "peft", ADAPTER, IA3]
-    assert list(STAGES) == ["data_prep", "training", "conversion", *learning, "eval"]
+    assert list(STAGES) == ["data_prep", "training", "conversion", *learning, "eval", "export"]
 
 
 def test_eval_takes_every_adapter_of_the_same_run(tmp_path):

@@ -53,9 +53,7 @@ def test_their_stages_are_ours_where_we_have_them(command):
     assert "note: stages: evaluation is eval here" in answer.lines
 
 
-@pytest.mark.parametrize(
-    "stage", ["prompt_learning", "conversion_hf2nemo", "quantization", "export"]
-)
+@pytest.mark.parametrize("stage", ["prompt_learning", "conversion_hf2nemo", "quantization"])
 def test_their_stages_that_we_do_not_have_are_refused_by_name(command, stage):
     answer = command(*words("23.11", f"stages=[adapter_learning,{stage}]"))
     assert answer.code == 2

@@ -51,6 +51,7 @@ def save_adapters(
     path: str | Path,
     extra: Mapping[str, Any] | None = None,
     fusions: Sequence[str] = (),
+    strict: bool = False,
 ) -> int:
     """Writes adapters into one file or folder and returns its bytes on disk.
 
@@ -60,6 +61,7 @@ def save_adapters(
         names: adapters of the model, in the order in which a reader finds them.
         extra: plain values that are kept beside the settings (the base's path, say).
         fusions: fusions of the model, by their names (`a,b`), with or without what they fuse.
+        strict: a `.nemo` file holds what NeMo reads, or is not written.
 
     Raises:
         UserError: for no names, the same one twice, or one that no adapter or fusion has.
@@ -76,7 +78,7 @@ def save_adapters(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.suffix == ".nemo":
-            write_nemo_adapters(partial, model, saved, extra or {}, fused)
+            write_nemo_adapters(partial, model, saved, extra or {}, fused, strict)
         else:
             config, state = joined(saved, extra or {}, fused)
             partial.mkdir()

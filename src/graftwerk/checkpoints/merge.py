@@ -56,6 +56,19 @@ def load_merging(
     heads = {str(one.config["head"]) for s in files.values() for one in s if one.config.get("head")}
     if len(heads) > 1:
         raise UserError(f"adapters with different heads cannot be merged: {sorted(heads)}")
+    wide, place = held_type(path, revision, dtype)
+    model = load_base(path, wide, head=heads.pop() if heads else None, revision=revision)
+    for file in adapters:
+        taken = {one.name for one in files[file]} & set(model.adapters)
+        load_adapters(model, file, {name: f"{name}_{len(model.adapters)}" for name in taken})
+    model.set_active(Stack(*model.adapters))
+    return model, place
+
+
+def held_type(
+    path: str, revision: str | None, dtype: torch.dtype | None
+) -> tuple[torch.dtype, Path | None]:
+    """The type of a base's files, or `dtype` if that is wider; and where its tokenizer lies."""
     with open_checkpoint(path, revision) as checkpoint:
         names = (entry.names[0] for entry in checkpoint.table.values())
         held = {checkpoint.source.dtype(name) for name in names}
@@ -63,12 +76,7 @@ def load_merging(
     wide = dtype or min(held, key=str)
     for each in held:
         wide = torch.promote_types(wide, each)
-    model = load_base(path, wide, head=heads.pop() if heads else None, revision=revision)
-    for file in adapters:
-        taken = {one.name for one in files[file]} & set(model.adapters)
-        load_adapters(model, file, {name: f"{name}_{len(model.adapters)}" for name in taken})
-    model.set_active(Stack(*model.adapters))
-    return model, place
+    return wide, place
 
 
 class _Parser(argparse.ArgumentParser):
