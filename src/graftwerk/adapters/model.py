@@ -21,7 +21,7 @@ from graftwerk.adapters.configs import MethodConfig, settings_of
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.part import Part
-from graftwerk.adapters.plan import Plan, resolve_slot
+from graftwerk.adapters.plan import Plan, resolve_slot, unplaced_layers
 from graftwerk.adapters.replacements import Replacements
 from graftwerk.adapters.slots import Flow, Record, Slot, slots_of
 from graftwerk.errors import UserError
@@ -69,7 +69,7 @@ class AdapterModel(nn.Module):
     ) -> Flow:
         """What the slots of one pass are told; see `Flow`."""
         plan = self.plan
-        return Flow(plan.actions, offset, rows, task_ids, record, plan.distances)
+        return Flow(plan.actions, offset, rows, task_ids, record, plan.distances, plan.unplaced)
 
     def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
         """Creates an adapter's part in each slot that its method matches; activates nothing.
@@ -213,7 +213,19 @@ class AdapterModel(nn.Module):
             columns(composition, {name: method.shift for name, method in methods.items()}),
             any(part.whole_row for name in methods for _, _, part in self.parts(name)),
             self._distances(composition, methods),
+            self._unplaced(methods),
         )
+
+    def _unplaced(self, methods: Mapping[str, MethodConfig]) -> frozenset[int]:
+        """What the library that a single adapter is from does where its prefixes leave out layers.
+
+        Several follow what AdapterHub documents.
+        """
+        if len(methods) != 1:
+            return frozenset()
+        ((name, method),) = methods.items()
+        whole = method.distances != "keys"
+        return frozenset() if whole else unplaced_layers(name, slots_of(self).values())
 
     def _distances(
         self, composition: Composition | str | None, methods: Mapping[str, MethodConfig]

@@ -4,7 +4,7 @@ An *action* is what one slot does: it takes a `SlotCall` and gives the slot's ne
 one; a block of a composition joins those of its children.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ class Plan:
         whole_row: a part's value at a token depends on tokens behind it, so that what was computed
             for the beginning of a row does not hold once the row has grown.
         distances: what a T5's table of distances says of the active prefixes.
+        unplaced: layers whose self-attention has no scores of distances.
     """
 
     composition: Composition | str | None = None
@@ -55,6 +56,25 @@ class Plan:
     shift: int = 0
     whole_row: bool = False
     distances: str = "none"
+    unplaced: frozenset[int] = frozenset()
+
+
+def unplaced_layers(name: str, slots: Iterable[Slot]) -> frozenset[int]:
+    """The layers of a T5 in which AdapterHub's library has no scores of distances.
+
+    It makes them in a stack's first layer, for the others too. From the layer on that has a prefix
+    where the one before has none, or the other way round, it puts zeros in their place.
+    """
+    before: dict[str, bool] = {}
+    lost: dict[str, list[int]] = {}
+    for slot in slots:
+        site = slot.site
+        if site.name == "prefix":
+            there = name in slot.adapter_layer
+            if site.stack in lost or there != before.setdefault(site.stack, there):
+                lost.setdefault(site.stack, []).append(site.layer)
+            before[site.stack] = there
+    return frozenset(layer for layers in lost.values() for layer in layers)
 
 
 @dataclass(frozen=True)

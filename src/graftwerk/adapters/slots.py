@@ -78,7 +78,7 @@ class Flow:
     first column (negative: columns of prompts). `rows` [B]: the rows' numbers in the batch that the
     composition means, where some have left it. `task_ids` [B]: each row's task. `record`: where
     parts note what they are asked to. `distances`: what a T5's table of distances says of prefixes
-    (`methods.prefix.PrefixTuningConfig`).
+    (`methods.prefix.PrefixTuningConfig`), `unplaced`: layers whose self-attention has none.
     """
 
     actions: Mapping[str, "Action"] = field(default_factory=dict)
@@ -87,6 +87,7 @@ class Flow:
     task_ids: Tensor | None = None
     record: Record | None = None
     distances: str = "none"
+    unplaced: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)

@@ -207,11 +207,11 @@ class Attention(nn.Module):
             key = rotate(key, context.rotary, self.rotary_interleaved)
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
-        mask, causal = context.seen(self.windowed)
+        placed = context.relative is None or self.prefix.site.layer not in flow.unplaced
+        mask, causal = context.seen(self.windowed) if placed else (context.mask, context.causal)
         if self.prefix.key in flow.actions:
-            key, value, mask = put_prefix(
-                self.prefix, flow, x, key, value, mask, causal, context.relative
-            )
+            relative = context.relative if placed else None
+            key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal, relative)
             causal = False
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
