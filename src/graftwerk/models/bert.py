@@ -56,6 +56,7 @@ class BERT(Transformer):
             `Parallel` of n.
         """
         x, flow = self._run(tokens, positions, documents, token_types, task_ids, record)
+        x = x[:, self.virtual_tokens :]
         kind = self.config.head
         if kind == "classification":
             return self._answer(self.pooled(x), flow)
@@ -91,9 +92,14 @@ class BERT(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        prompts: bool = False,
     ) -> Tensor:
-        """[B, S, h] behind the last layer; arguments as in `forward`."""
-        return self._run(tokens, positions, documents, token_types, task_ids, record)[0]
+        """[B, S, h] behind the last layer; arguments as in `forward`.
+
+        `prompts`: with the columns of active prompts in front, [B, v + S, h].
+        """
+        x, _ = self._run(tokens, positions, documents, token_types, task_ids, record)
+        return x if prompts else x[:, self.virtual_tokens :]
 
     def _run(
         self,
@@ -122,7 +128,7 @@ class BERT(Transformer):
             context = context.widened(plan.width)
         x = self.embedding(tokens, context.positions, context.flow, token_types, virtual)
         x, context = self.encoder(x, context, plan.width, plan.widen_at)
-        return self.encoder.finish(x[:, virtual:]), replace(context.flow, offset=0)
+        return self.encoder.finish(x), replace(context.flow, offset=0)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The first token's state, [B, S, h] -> [B, h], through the pooler where there is one."""
