@@ -10,10 +10,13 @@ from graftwerk.adapterhub.config_base import AdapterConfig
 from graftwerk.adapterhub.config_strings import DEFAULT_ADAPTER_CONFIG
 from graftwerk.adapterhub.context import Setup, composition_of, heads_of
 from graftwerk.adapterhub.fusion_configs import AdapterFusionConfig
+from graftwerk.adapterhub.hub_names import find_model
 from graftwerk.adapterhub.model import HeadedModel
 from graftwerk.adapters.composition import Composition, Fuse, fusions, names
-from graftwerk.adapters.configs import MethodConfig
+from graftwerk.adapters.configs import MethodConfig, PromptTuningConfig
 from graftwerk.adapters.merge import Merge, merge
+from graftwerk.adapters.methods.prompt import PromptTuning
+from graftwerk.checkpoints import load_tokenizer
 from graftwerk.checkpoints.adapterhub_config import hub_config, method_of
 from graftwerk.errors import UserError
 
@@ -51,8 +54,22 @@ class AdapterMethods(HeadedModel):
             if seed is not None:
                 torch.manual_seed(seed)
             self.base.add_adapter(adapter_name, method, head=False)
+        self._begin_with_text(adapter_name)
         if set_active:
             self.set_active_adapters(adapter_name)
+
+    def _begin_with_text(self, name: str) -> None:
+        """Prompts that begin as a text get the embeddings of its tokens."""
+        method = self.base.adapters[name]
+        for config in getattr(method, "configs", (method,)):
+            if not isinstance(config, PromptTuningConfig) or config.prompt_init != "from_string":
+                continue
+            tokenizer = load_tokenizer(find_model(self.config.name_or_path))
+            ids = tokenizer.encode(config.prompt_init_text or "", add_special_tokens=False)
+            words = self.base.embedding.word_embeddings.weight[ids]
+            for _, _, part in self.base.parts(name):
+                if isinstance(part, PromptTuning):
+                    part.begin_with(words)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and the fusions with it; its head stays."""

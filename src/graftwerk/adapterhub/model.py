@@ -14,6 +14,8 @@ from graftwerk.adapterhub.default_head import DEFAULT, default_head
 from graftwerk.adapterhub.inputs import Inputs, Tokens, shifted
 from graftwerk.adapterhub.outputs import AdapterModelOutput, MultiHeadOutput, recorded
 from graftwerk.adapters.composition import BatchSplit, Composition, Parallel, Stack
+from graftwerk.adapters.composition import names as names_in
+from graftwerk.adapters.configs import PromptTuningConfig
 from graftwerk.adapters.slots import Record
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5
@@ -145,11 +147,16 @@ class HeadedModel(nn.Module):
         task_ids: Tensor | None,
         record: Record | None,
     ) -> Any:
-        arguments = inputs.arguments(self.base, self.tokens)
-        x = self.base.hidden_states(**arguments, task_ids=task_ids, record=record)
+        base = self.base
+        given_ = inputs.arguments(base, self.tokens) | {"task_ids": task_ids, "record": record}
+        if isinstance(base, BERT):
+            whole = base.hidden_states(**given_, prompts=True)
+            x = whole[:, base.virtual_tokens :]
+        else:
+            whole = x = base.hidden_states(**given_)
         if not names:
             return AdapterModelOutput(last_hidden_state=x)
-        states = self._states(inputs, x, task_ids)
+        states = self._states(inputs, x, whole if _begins_with_prompt(base) else x, task_ids)
         branches = self._branches(len(inputs.input_ids), len(x), names)
         if branches is None:
             (name,) = names
@@ -170,7 +177,8 @@ class HeadedModel(nn.Module):
         said = [loss for loss in losses if loss is not None]
         return MultiHeadOutput(outputs, torch.stack(said).sum() if said else None)
 
-    def _states(self, inputs: Inputs, x: Tensor, task_ids: Tensor | None) -> States:
+    def _states(self, inputs: Inputs, x: Tensor, row: Tensor, task_ids: Tensor | None) -> States:
+        """What heads read: hidden states, and the columns `row` in which a row's own is found."""
         base = self.base
         pooler = getattr(base, "pooler", None)
         mask = inputs.attention_mask
@@ -178,8 +186,8 @@ class HeadedModel(nn.Module):
             mask = inputs.decoder_attention_mask
         return States(
             x if isinstance(base, BERT) else base.scaled(x),  # rows' states are not, as there
-            cls=lambda: inputs.pooled(base, x, self.tokens),
-            pooler=None if pooler is None else lambda: pooler(x),
+            cls=lambda: inputs.pooled(base, row, self.tokens),
+            pooler=None if pooler is None else lambda: pooler(row),
             mask=None if mask is None else mask.repeat(len(x) // len(mask), 1),
             embeddings=base.embedding.word_embeddings.weight,
             before_words=lambda y: base.lm_input(y, base.flow(task_ids)),
@@ -276,6 +284,18 @@ class HeadedModel(nn.Module):
         complete = own and len(own) == len(heads_of(setup.composition))
         with setup.active_in(self.base):
             yield setup.heads or (own if complete else self._active_heads)
+
+
+def _begins_with_prompt(base: GPT | T5 | BERT) -> bool:
+    """Whether a BERT's row begins with a prompt for its heads: in the library, that of `prefix`."""
+    methods = [base.adapters[name] for name in names_in(base.active)]
+    single = [each for method in methods for each in getattr(method, "configs", (method,))]
+    return isinstance(base, BERT) and any(
+        isinstance(each, PromptTuningConfig)
+        and not each.shifts_positions
+        and each.combine == "prefix"
+        for each in single
+    )
 
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -285,6 +285,17 @@ def test_adapters_of_the_hub_come_from_its_cache_under_their_names(cache):
     assert name == "qnli"
 
 
+def test_a_prompt_may_begin_as_a_text(cache):
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    text = "prompt_tuning[prompt_length=5, prompt_init=from_string, prompt_init_text='fine film']"
+    model.add_adapter("p", config=text)
+    (state,) = model.base.adapter_state("p").values()
+    words = model.base.embedding.word_embeddings.weight
+    assert torch.equal(state[0], state[2])
+    assert any(torch.equal(state[0], word) for word in words)
+    assert not torch.equal(state[0], state[1])
+
+
 def test_without_a_network_the_error_says_where_it_was_looked_for(cache):
     model = AutoAdapterModel.from_pretrained("bert-base-uncased")
     with pytest.raises(UserError) as caught:

@@ -159,6 +159,15 @@ def test_a_t5s_words_are_learned_from_labels_alone():
     close(answer.loss, -sure[labels >= 0].mean())
 
 
+@pytest.mark.parametrize(("combine", "column"), [("prefix", 0), ("prefix_after_bos", 3)])
+def test_a_berts_head_for_rows_reads_the_first_column_prompts_included(combine, column):
+    model = two_tasks()
+    model.add_adapter("p", config=f"prompt_tuning[prompt_length=3, combine={combine}]")
+    model.set_active_adapters("p")
+    states = model.base.hidden_states(rows(), prompts=True)
+    close(model(rows(), head="a").logits, model.heads["a"].through(states[:, column]))
+
+
 # ---- several heads
 
 
