@@ -125,6 +125,7 @@ SCHEMES: dict[str, tuple[Any, str]] = {
     "qlora": (LoRAConfig, "lora_tuning"),  # on a base in four bits
 }
 WHOLE = "none"  # the scheme that trains the model itself
+FUSION = "fusion"  # the scheme that trains the fusions of the composition
 # NeMo's spellings of fields; the others are keys as they are.
 SPELLINGS = {
     "dim": "adapter_dim",
@@ -151,7 +152,7 @@ def method_from_config(model: Any, stage: str) -> tuple[str, MethodConfig]:
 def methods_from_config(model: Any, stage: str) -> list[tuple[str, MethodConfig]]:
     """The adapters that `model` of a learning stage asks for, by name, in the order of the scheme.
 
-    None where the whole model is trained.
+    None where the whole model is trained, or only fusions are.
 
     Raises:
         UserError: for a stage that does not learn, unknown schemes, keys and values.
@@ -166,13 +167,29 @@ def methods_from_config(model: Any, stage: str) -> list[tuple[str, MethodConfig]
         raise UserError(f"stage {stage!r} trains no adapter")
     peft = model.get("peft") or {}
     return [
-        ("lora" if name == "qlora" else name, method_of(name, peft.get(SCHEMES[name][1])))
-        for name in schemes(peft)
+        (name, method_of(scheme, peft.get(SCHEMES[scheme][1])))
+        for scheme, name in _named(schemes(peft), peft.get("adapter_names"))
     ]
 
 
+def _named(wanted: Sequence[str], given: Any) -> list[tuple[str, str]]:
+    """(scheme, adapter's name) by `adapter_names`: one a scheme, or several of the only one."""
+    methods = [scheme for scheme in wanted if scheme != FUSION]
+    if given is None:
+        return [(scheme, "lora" if scheme == "qlora" else scheme) for scheme in methods]
+    names = list(given) if _is_list(given) else [name.strip() for name in str(given).split(",")]
+    each = methods * len(names) if len(methods) == 1 else methods
+    if len(names) != len(each) or len(set(names)) < len(names) or not names:
+        raise UserError(
+            f"model.peft.adapter_names={','.join(map(str, names))}: give as many names, each "
+            f"another, as peft_scheme={','.join(wanted) or WHOLE} has methods; where it has one, "
+            f"as many as adapters are wanted"
+        )
+    return list(zip(each, map(str, names), strict=True))
+
+
 def schemes(peft: Mapping[Any, Any]) -> list[str]:
-    """The methods in `peft_scheme`: one, several joined by commas, or a list; `none` is none.
+    """The words of `peft_scheme`: one, several joined by commas, or a list; `none` is none.
 
     Raises:
         UserError: for names that are not known or do not go together.
@@ -182,8 +199,9 @@ def schemes(peft: Mapping[Any, Any]) -> list[str]:
     names = [name.strip() for word in words for name in str(word).split(",")]
     key = f"model.peft.peft_scheme={','.join(names)}"
     for name in names:
-        if name != WHOLE and name not in SCHEMES:
-            raise UserError(f"{key}: {name!r} is not known: use some of {', '.join(SCHEMES)}, none")
+        if name not in (*SCHEMES, FUSION, WHOLE):
+            known = ", ".join([*SCHEMES, FUSION, WHOLE])
+            raise UserError(f"{key}: {name!r} is not known: use some of {known}")
     if len(set(names)) < len(names) or {"lora", "qlora"} <= set(names):
         raise UserError(f"{key}: name each method once, and lora or qlora")
     if WHOLE in names and len(names) > 1:

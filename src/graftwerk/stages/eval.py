@@ -4,6 +4,7 @@ Writes `<name>/predictions.jsonl` for each and `metrics.json` to `exp_manager.ex
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from graftwerk.adapters import Composition, Stack
-from graftwerk.checkpoints.adapter import load_adapters, method_of, read_adapters
-from graftwerk.checkpoints.adapter_form import AdapterFile
+from graftwerk.adapters.composition import branches, columns, fusions, last, names, parse
+from graftwerk.checkpoints.adapter import load_adapters, read_adapters
+from graftwerk.checkpoints.adapter_form import AdapterFile, method_of
 from graftwerk.checkpoints.base_path import base_of
 from graftwerk.data.datamodule import data_files, encoders_from_config
 from graftwerk.data.jsonl import read_rows, replacing, write_json
@@ -31,6 +33,8 @@ from graftwerk.evaluation.spans import SpanAnswerer
 from graftwerk.generation import Sampling
 from graftwerk.models import BERT, GPT, T5
 from graftwerk.training.base import Base, revision_of
+from graftwerk.training.frozen import add_frozen, check_fusions, columns_of, read_frozen
+from graftwerk.training.goal import check_blocks, check_layers
 from graftwerk.training.trainer import device_of, precision_of
 from graftwerk.training.world import World
 
@@ -51,13 +55,17 @@ def run(cfg: DictConfig) -> int:
     truth = read_truth(
         data_files(model_cfg, "ground_truth_ds"), model_cfg.data.get("label_key") or "answer"
     )
-    files = {adapter.name: read_adapters(adapter.path) for adapter in model_cfg.adapters}
+    paths = {str(adapter.name): str(adapter.path) for adapter in model_cfg.adapters}
+    compositions = compositions_of(model_cfg)
+    files = read_files(paths, compositions)
     head = head_of(model_cfg, files)
     base = Base.open(base_of(model_cfg), revision_of(model_cfg), head)
+    skipped = tuple(model_cfg.get("skip_layers") or ())
+    check_layers(base.config, skipped, "model.skip_layers")
     tuned = {model.name: open_tuned(model.path, base) for model in model_cfg.get("models") or []}
     tokenizer = base.tokenizer()
     answerer = answerer_of(base, tokenizer, sampling, model_cfg.data.batch_size)
-    questions = read_questions(model_cfg, base, tokenizer, virtual_tokens(files))
+    questions = read_questions(model_cfg, base, tokenizer, virtual_tokens(files, compositions))
     unknown = [str(row["id"]) for row in questions.rows if str(row["id"]) not in truth]
     if unknown:
         raise UserError(
@@ -67,9 +75,7 @@ def run(cfg: DictConfig) -> int:
     device = device_of(cfg.trainer, World.from_environment())
     dtype = precision_of(cfg.trainer)
     model = base.load(dtype, device, model_cfg.seed)
-    active = {
-        a.name: add_adapters(model, a.name, files[a.name], a.path) for a in model_cfg.adapters
-    }
+    scored = put_on(model, paths, files, compositions)
     if base.fresh_head and model_cfg.evaluate_base:
         print(f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one")
     if sampling.idle:
@@ -77,12 +83,12 @@ def run(cfg: DictConfig) -> int:
 
     def result(name: str, path: str | None, model: GPT | T5 | BERT) -> dict[str, Any]:
         file = None if path is None else Path(path)
-        return evaluate(name, file, model, answerer, questions, truth, folder)
+        return evaluate(name, file, model, answerer, questions, truth, folder / place_of(name))
 
     results = [result(BASE, None, model)] if model_cfg.evaluate_base else []
-    for adapter in model_cfg.adapters:
-        model.set_active(active[adapter.name])
-        results.append(result(adapter.name, adapter.path, model))
+    for name, (path, composition) in scored.items():
+        model.set_active(composition, skipped)
+        results.append(result(name, path, model))
     for name, other in tuned.items():
         model = other.load(dtype, device)  # in the place of the one before
         results.append(result(name, other.path, model))
@@ -115,12 +121,12 @@ def check(cfg: DictConfig) -> None:
     for key in ("test_ds", "ground_truth_ds"):
         if not data_files(model, key):
             raise UserError(f"model.data.{key} is empty: name at least one JSONL file")
-    names = [each.name for each in (*model.adapters, *(model.get("models") or []))]
-    if len(set(names)) < len(names) or BASE in names:
+    given = [each.name for each in (*model.adapters, *(model.get("models") or []))]
+    if len(set(given)) < len(given) or BASE in given:
         raise UserError(
-            f"model.adapters and model.models: the names must differ, and none is {BASE!r}: {names}"
+            f"model.adapters and model.models: the names must differ, and none is {BASE!r}: {given}"
         )
-    if not names and not model.evaluate_base:
+    if not given and not model.evaluate_base:
         raise UserError(
             "nothing to evaluate: model.adapters and model.models are empty and evaluate_base is "
             "False"
@@ -155,13 +161,83 @@ def head_of(model_cfg: DictConfig, files: Mapping[str, AdapterFile]) -> str | No
     return next((str(head) for head in heads if head is not None), None)
 
 
-def virtual_tokens(files: Mapping[str, AdapterFile]) -> int:
-    """The most that any file's adapters put before a row: all answer questions of one length."""
+def compositions_of(model_cfg: DictConfig) -> list[Composition | str]:
+    """What `model.composition` says is scored; none: each file alone.
+
+    A `Parallel` is its children, one after the other: they answer the same questions apart.
+
+    Raises:
+        UserError: for a text that is no composition, and names that `model.adapters` does not have.
+    """
+    given = model_cfg.get("composition")
+    texts = [given] if isinstance(given, str) else list(given or [])
+    known = [str(adapter.name) for adapter in model_cfg.adapters]
+    found: list[Composition | str] = []
+    for text in texts:
+        whole = parse(str(text))
+        check_blocks(whole, "model.composition")
+        if unknown := [name for name in names(whole) if name not in known]:
+            raise UserError(
+                f"model.composition={whole}: model.adapters has no {unknown[0]!r}: it has "
+                f"{', '.join(known) or 'none'}"
+            )
+        found += [branch for branch in branches(whole) if branch is not None]
+    return list(dict.fromkeys(found))
+
+
+def read_files(
+    paths: Mapping[str, str], compositions: list[Composition | str]
+) -> dict[str, AdapterFile]:
+    """The files of `model.adapters` by their names.
+
+    Raises:
+        UserError: where one cannot be read, or nothing says how its fusion is used.
+    """
+    if compositions:
+        return read_frozen(paths)
+    files = {name: read_adapters(path) for name, path in paths.items()}
+    for name, file in files.items():
+        if file.fusions:
+            raise UserError(
+                f"model.composition is missing: {paths[name]} holds a fusion of "
+                f"{file.fusions[0].name}, which acts in a Fuse of these: give "
+                f'"Fuse({file.fusions[0].name})", and their files in model.adapters'
+            )
+    return files
+
+
+def virtual_tokens(
+    files: Mapping[str, AdapterFile], compositions: list[Composition | str] | None = None
+) -> int:
+    """The most that anything scored puts before a row: all answer questions of one length."""
+    if compositions:
+        lengths = {**dict.fromkeys(files, 0), **columns_of(files)}
+        return max(columns(composition, lengths) for composition in compositions)
     counts = [
         sum(getattr(method_of(a.config, name), "virtual_tokens", 0) for a in file.adapters)
         for name, file in files.items()
     ]
     return max(counts, default=0)
+
+
+def put_on(
+    model: GPT | T5 | BERT,
+    paths: Mapping[str, str],
+    files: Mapping[str, AdapterFile],
+    compositions: list[Composition | str],
+) -> dict[str, tuple[str, Composition | str]]:
+    """Adds all files to a model; returns what is scored: name -> (file of it, composition)."""
+    if not compositions:
+        return {n: (paths[n], add_adapters(model, n, file, paths[n])) for n, file in files.items()}
+    add_frozen(model, paths, files, compositions)
+    advice = "name a file that holds it in model.adapters"
+    check_fusions(model, compositions, "model.composition", advice)
+    scored = {}
+    for composition in compositions:
+        fused = {fuse.name for fuse in fusions(composition)}
+        holds = [n for n, f in files.items() if any(own.name in fused for own in f.fusions)]
+        scored[str(composition)] = (paths[(holds or [last(composition)])[0]], composition)
+    return scored
 
 
 def add_adapters(
@@ -172,6 +248,11 @@ def add_adapters(
     if len(own) == 1:
         return load_adapters(model, path, name)[0]
     return Stack(*load_adapters(model, path, {each: f"{name}-{each}" for each in own}))
+
+
+def place_of(name: str) -> str:
+    """The folder of what is called `name`: a composition's without brackets, commas and spaces."""
+    return re.sub(r"[(), \[\]]+", "-", name).strip("-")
 
 
 def open_tuned(path: str, base: Base) -> Base:
@@ -234,12 +315,12 @@ def evaluate(
     truth: dict[str, list[str]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Answers all questions with a model as it is, writes the answers, and scores them."""
+    """Answers all questions with a model as it is, writes the answers to `folder`, scores them."""
     start = time.monotonic()
     with progress_bar(name, len(questions.rows)) as advance:
         answers = answerer.answer(model, questions.prompts, advance)
     seconds = time.monotonic() - start
-    with replacing(folder / name / "predictions.jsonl") as file:
+    with replacing(folder / "predictions.jsonl") as file:
         for row, more, answer in zip(questions.rows, questions.metadata, answers, strict=True):
             kept = {key: row[key] for key in ("id", "taskname", "question") if key in row}
             line = {**kept, **more, "pred": answer.text, "answer": truth[str(row["id"])]}

@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from graftwerk.adapters import methods_from_config
 from graftwerk.checkpoints.base_path import base_of
 from graftwerk.checkpoints.resume import (
     DamagedCheckpoint,
@@ -26,13 +25,13 @@ from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
 from graftwerk.training.callbacks import Interrupted
+from graftwerk.training.goal import Goal
 from graftwerk.training.learner import (
     Learner,
     build_learner,
     open_base,
     start_of,
     tokenizer_of,
-    virtual_tokens_of,
 )
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
@@ -67,8 +66,8 @@ def run(stage: str, cfg: DictConfig) -> int:
     say = print if world.rank == 0 else _silence
     base = open_base(stage, cfg.model)
     tokenizer = tokenizer_of(cfg.model, base)
-    methods = methods_from_config(cfg.model, stage)
-    if base is not None and not methods:
+    goal = Goal.of(cfg.model, stage)
+    if base is not None and goal.whole:
         check_whole(base.config, tokenizer, Path(str(cfg.model.nemo_path)))
     data = AnswerDataModule(
         cfg.model,
@@ -78,11 +77,11 @@ def run(stage: str, cfg: DictConfig) -> int:
         seed=cfg.model.seed,
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
         shape=None if base is None else base.config,
-        virtual_tokens=virtual_tokens_of(methods),
+        virtual_tokens=goal.virtual_tokens,
     )
     for name, report in data.report.items():
         say(f"{name}: {report}", flush=True)
-    learner = build_learner(stage, cfg, base, tokenizer, device)
+    learner = build_learner(stage, cfg, base, tokenizer, device, goal)
     return train(stage, cfg, learner, data, world, device)
 
 
@@ -147,7 +146,7 @@ def check(stage: str, cfg: DictConfig, world: World) -> None:
             f"model.nemo_path={model.nemo_path}: stage training writes a folder; leave out `.nemo`"
         )
     base_of(model)
-    if not methods_from_config(model, stage) and (start := start_of(model)):
+    if Goal.of(model, stage).whole and (start := start_of(model)):
         raise UserError(
             f"model.restore_path={start}: the whole model is trained, from the weights of "
             f"model.language_model_path: name them there, and set restore_path to null"
@@ -238,6 +237,7 @@ def assemble(
         rank=world.rank,
         autocast=learner.autocast,
         monitor=sched.get("monitor") or "val_loss",
+        drop=learner.drop,
     )
     module = LearningModule(learner.model, settings)
     limit = cfg.trainer.get("limit_val_batches")
@@ -327,6 +327,7 @@ def finish(
     model, path = learner.model, Path(str(cfg.model.nemo_path))
     size = write_result(learner, path, {"base": learner.base, "stage": stage, "steps": steps})
     methods = [model.adapter_config(name)["method"] for name in learner.adapters]
+    methods += [type(model.fusions[key]).__name__ for key in learner.fusions]
     return {
         "stage": stage,
         "method": ", ".join(methods) or None,

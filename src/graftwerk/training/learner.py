@@ -1,13 +1,13 @@
 """What a learning stage trains: the model, on its device, with the trained parts unfrozen."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from graftwerk.adapters import MethodConfig, SelectiveConfig, Stack, methods_from_config
+from graftwerk.adapters import SelectiveConfig
 from graftwerk.adapters.configs import schemes
 from graftwerk.checkpoints import load_tokenizer
 from graftwerk.checkpoints.adapter import read_adapters
@@ -18,7 +18,10 @@ from graftwerk.data.tasks import template_words
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig
+from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.base import Base, revision_of
+from graftwerk.training.frozen import add_frozen, check_fusions
+from graftwerk.training.goal import KEY, Goal, check_layers
 from graftwerk.training.trainer import precision_of
 
 if TYPE_CHECKING:
@@ -27,13 +30,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Learner:
-    """A model with its trained parts unfrozen; no `adapters`: all of it is trained."""
+    """A model with its trained parts unfrozen.
+
+    `adapters` and `fusions` are those that are trained; neither: all of the model is. `drop`: the
+    layers that each step leaves out.
+    """
 
     model: GPT | T5 | BERT
     tokenizer: "PreTrainedTokenizerBase"
     adapters: list[str]
     base: str
     autocast: bool
+    fusions: list[str] = field(default_factory=list)
+    drop: LayerChoice | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the model is trained."""
+        return not self.adapters and not self.fusions
 
 
 def open_base(stage: str, model: DictConfig) -> Base | None:
@@ -93,42 +107,78 @@ def build_learner(
     base: Base | None,
     tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
+    goal: Goal | None = None,
 ) -> Learner:
     """The model on its device, with what is trained unfrozen and the rest frozen.
 
-    A frozen base is held in `trainer.precision`; what is trained is float32.
+    A frozen base is held in `trainer.precision`; what is trained is float32. `goal` is what the
+    configuration says, where the caller has looked already.
     """
     dtype, model_cfg = precision_of(cfg.trainer), cfg.model
-    methods = methods_from_config(model_cfg, stage)
+    goal = Goal.of(model_cfg, stage) if goal is None else goal
     mixed = dtype == torch.bfloat16
     if base is None:
         model = _first_weights(model_cfg, tokenizer, device)
         return Learner(model, tokenizer, [], str(model_cfg.nemo_path), autocast=mixed)
-    if not methods:
+    if goal.whole:
         model = base.load(torch.float32, device, model_cfg.seed)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # they may be views of the file
         return Learner(model.requires_grad_(True), tokenizer, [], base.path, autocast=mixed)
     # Copies of the base's own parameters are trained in float32, beside a base of the same type.
-    mixed = mixed and any(isinstance(method, SelectiveConfig) for _, method in methods)
+    mixed = mixed and any(isinstance(method, SelectiveConfig) for _, method in goal.methods)
     four_bits = stage == "peft" and "qlora" in schemes(model_cfg.peft)
-    if four_bits and any(isinstance(method, SelectiveConfig) for _, method in methods):
+    if four_bits and any(isinstance(method, SelectiveConfig) for _, method in goal.methods):
         raise UserError(
             "model.peft.peft_scheme: selective trains parameters of the base, which qlora holds in "
             "4 bits: use lora beside it"
         )
     kind = torch.float32 if mixed else dtype
     model = base.load(kind, device, model_cfg.seed, "nf4" if four_bits else None)
+    drop = _compose(model, goal, model_cfg)
+    fusions = goal.fusions_to_train()
+    return Learner(model, tokenizer, goal.trained, base.path, mixed, fusions, drop)
+
+
+def _compose(model: GPT | T5 | BERT, goal: Goal, model_cfg: DictConfig) -> LayerChoice | None:
+    """Adds to a model what a goal names, active and unfrozen as it says.
+
+    Returns the layers that each step chooses to leave out; those that are always left out are.
+    """
+    add_frozen(model, goal.frozen, goal.files, [goal.composition], "model.peft.adapters")
     torch.manual_seed(model_cfg.seed)
-    for name, method in methods:
+    for name, method in goal.methods:
         model.add_adapter(name, method)
-    names = [name for name, _ in methods]
+    fusions = goal.fusions_to_train()
+    for key in fusions:
+        model.add_fusion(key, goal.fusion)
+    advice = "name fusion in model.peft.peft_scheme, or a file that holds it in model.peft.adapters"
+    check_fusions(model, [goal.composition], KEY, advice)
     start = start_of(model_cfg)
     if start is not None:
-        _restore(model, names, start)
-    model.freeze_base()
-    model.set_active(names[0] if len(names) == 1 else Stack(*names))
-    return Learner(model, tokenizer, names, base.path, autocast=mixed)
+        _restore(model, goal.trained, fusions, start)
+    model.train_only(goal.trained, fusions)
+    drop, left_out = goal.drop, ()
+    if drop is not None:
+        # A number: up to so many of the first layers.
+        last = drop.fixed if drop.most is None else range(drop.most)
+        check_layers(model.config, last, "model.peft.adapter_drop.layers")
+    if drop is not None and drop.most is None:
+        drop, left_out = None, drop.fixed
+        _freeze_layers(model, goal.trained, fusions, left_out)
+    model.set_active(goal.composition, left_out)
+    return drop
+
+
+def _freeze_layers(
+    model: GPT | T5 | BERT, names: list[str], fusions: list[str], layers: Sequence[int]
+) -> None:
+    """Freezes what has no part in any step, which a decay of weights would move."""
+    parts = [(slot, part) for name in names for _, slot, part in model.parts(name)]
+    parts += [(slot, layer) for key in fusions for _, slot, layer in model.fusion_layers(key)]
+    for slot, part in parts:
+        if slot.site.layer in layers:
+            part.requires_grad_(False)
 
 
 def start_of(model: DictConfig) -> str | None:
@@ -146,11 +196,6 @@ def start_of(model: DictConfig) -> str | None:
     return ours or (str(theirs) if theirs else None)
 
 
-def virtual_tokens_of(methods: list[tuple[str, MethodConfig]]) -> int:
-    """How many virtual tokens a run's methods put before each row."""
-    return sum(getattr(method, "virtual_tokens", 0) for _, method in methods)
-
-
 def _first_weights(
     model_cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", device: torch.device
 ) -> GPT:
@@ -166,27 +211,39 @@ def _first_weights(
     return model.to(device).requires_grad_(True)
 
 
-def _restore(model: GPT | T5 | BERT, names: list[str], path: str) -> None:
-    """Weights of a file into the new adapters; settings that change their function agree."""
-    saved = read_adapters(path).adapters
-    alone = len(saved) == len(names) == 1  # whatever it was called
+def _restore(model: GPT | T5 | BERT, names: list[str], fusions: list[str], path: str) -> None:
+    """Weights of a file into what is trained; settings that change its function agree."""
+    file = read_adapters(path).on(model)
+    alone = len(file.adapters) == len(names) == 1  # whatever it was called
     free = ("dropout", "column_init_method", "row_init_method")
-    for adapter in saved:
+    for adapter in file.adapters:
         name = names[0] if alone else adapter.name
         if name not in names:
             raise UserError(
                 f"model.restore_path={path} holds an adapter {name!r}, and this run trains "
-                f"{', '.join(names)}: name its method in model.peft.peft_scheme"
+                f"{', '.join(names) or 'none'}: name its method in model.peft.peft_scheme"
             )
         own = {k: v for k, v in model.adapter_config(name).items() if k not in free}
-        said = [
-            f"{key} {adapter.config.get(key)!r} instead of {value!r}"
-            for key, value in own.items()
-            if _plain(adapter.config.get(key)) != _plain(value)
-        ]
-        if said:
-            raise UserError(f"model.restore_path={path} holds an adapter with {', '.join(said)}")
+        _check_alike(path, "an adapter", own, adapter.config)
         model.load_adapter_state(name, adapter.state)
+    for fusion in file.fusions:
+        if fusion.name not in fusions:
+            raise UserError(
+                f"model.restore_path={path} holds a fusion of {fusion.name}, and this run trains "
+                f"{' and '.join(fusions) or 'none'}: name it in model.peft.composition"
+            )
+        _check_alike(path, "a fusion", asdict(model.fusions[fusion.name]), asdict(fusion.config))
+        model.load_fusion_state(fusion.name, fusion.state)
+
+
+def _check_alike(path: str, what: str, own: dict[str, Any], saved: dict[str, Any]) -> None:
+    said = [
+        f"{key} {saved.get(key)!r} instead of {value!r}"
+        for key, value in own.items()
+        if _plain(saved.get(key)) != _plain(value)
+    ]
+    if said:
+        raise UserError(f"model.restore_path={path} holds {what} with {', '.join(said)}")
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """The LightningModule: one training step is one optimizer step, whatever lies inside it."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from graftwerk.adapters.slots import Slot
 from graftwerk.data.dataset import Batch
 from graftwerk.errors import UserError
+from graftwerk.training.adapter_drop import LayerChoice
+from graftwerk.training.copies import by_copy, by_owner, for_copies, names_of_copies
 from graftwerk.training.gradients import GradientBucket
 from graftwerk.training.loggers import MetricsCSV
 from graftwerk.training.loss import answer_loss, label_losses
@@ -41,6 +43,7 @@ class TrainingSettings:
         rank: of this process among the data-parallel ones.
         autocast: run forward passes under bfloat16 autocast (weights stay float32).
         monitor: the metric that a ReduceLROnPlateau schedule watches.
+        drop: the layers in which adapters do nothing, chosen anew for each step.
     """
 
     optim: Mapping[str, Any]
@@ -52,6 +55,7 @@ class TrainingSettings:
     rank: int = 0
     autocast: bool = False
     monitor: str = "val_loss"
+    drop: LayerChoice | None = None
 
 
 class LearningModule(pl.LightningModule):
@@ -59,7 +63,8 @@ class LearningModule(pl.LightningModule):
 
     A batch is this process's `list[Batch]` of micro-batches of one optimizer step. Its gradients
     are those of the summed loss; one reduction adds them up over processes together with the label
-    weight that divides them.
+    weight that divides them. Under a `Parallel` the loss is the sum over its copies of the batch;
+    what active fusions add to the loss, they add once a step.
 
     Before each step the random state is set from (seed, step, rank), so dropout needs no saved
     state and does not depend on when validation ran.
@@ -73,6 +78,10 @@ class LearningModule(pl.LightningModule):
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise UserError("nothing to train: no parameter of the model requires a gradient")
+        self.fused = any(".fusion_layer." in name for name in self.trained)
+        # A fusion's temperature moves with training too.
+        self.moved = {n: b for n, b in model.named_buffers() if ".fusion_layer." in n}
+        self.copies = names_of_copies(getattr(model, "active", None))
         self.seconds_before = 0.0  # of the runs that this one goes on from
         self.started = time.monotonic()
         self.reported = False
@@ -98,23 +107,29 @@ class LearningModule(pl.LightningModule):
         # Loss and weight of each source of validation rows, where there are several.
         names = self._val_names()
         self.by_source = torch.zeros(len(names), 2, device=self.device)
+        self.by_adapter = torch.zeros(len(self.copies), device=self.device)
         for logger in self.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.add_columns([f"val_loss_{name}" for name in names])
+                logger.add_columns(
+                    [f"val_loss_{name}" for name in (*names, *(f"of_{n}" for n in self.copies))]
+                )
         self.paused = 0.0  # seconds of validation within the window
 
     def on_train_start(self) -> None:
-        self.bucket = GradientBucket(self.trained.values(), SUMS)
+        groups = by_owner(getattr(self.model, "active", None), self.trained)
+        together = [parameter for group in groups for parameter in group]
+        self.bucket = GradientBucket(together, SUMS, [len(group) for group in groups])
         self.started = self.window_start = time.monotonic()
         self._set_modes()
 
     def _set_modes(self) -> None:
-        # A frozen base computes as it will later; only adapters' own dropout is switched on.
+        # What is frozen computes as it will later; only dropout of what is trained is switched on.
         whole = len(self.trained) == len(dict(self.model.named_parameters()))
         self.model.train(whole)
         for module in self.model.modules():
             if isinstance(module, Slot):
-                module.adapter_layer.train()
+                for part in (*module.adapter_layer.values(), *module.fusion_layer.values()):
+                    part.train(any(p.requires_grad for p in part.parameters()))
 
     def transfer_batch_to_device(
         self, batch: list[Batch], device: torch.device, dataloader_idx: int
@@ -131,10 +146,11 @@ class LearningModule(pl.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         self._seed(step_seed(settings.seed, self.global_step, settings.rank))
         self.bucket.flat.zero_()
-        for micro in batch:
-            loss = self._loss(micro)
-            loss.backward()
-            self._add(sums, loss, micro)
+        with self._dropped():
+            for micro in batch:
+                loss = self._loss(micro)
+                loss.backward()
+                self._add(sums, loss, micro)
         sums[STOP] += self.must_stop()
         self.bucket.reduce()
         self.bucket.gradients.div_(sums[WEIGHT])
@@ -155,10 +171,31 @@ class LearningModule(pl.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
+    @contextmanager
+    def _dropped(self) -> Iterator[None]:
+        """Within it adapters do nothing in the layers that this step leaves out."""
+        if self.settings.drop is None:
+            yield
+            return
+        model: Any = self.model
+        model.set_active(model.active, self.settings.drop.at(self.global_step))
+        try:
+            yield
+        finally:
+            model.set_active(model.active)
+
     def _loss(self, micro: Batch) -> Tensor:
         with self._precision():
             logits = self.model(**micro.inputs())
-        return answer_loss(logits, micro.labels, micro.weights)
+        loss = answer_loss(logits, *self._labels(micro))
+        if self.fused:  # a sum over labels, like the rest, which the labels' weight will divide
+            loss = loss + self.model.fusion_loss() * micro.weights.sum()  # type: ignore[operator]
+        return loss
+
+    def _labels(self, micro: Batch) -> tuple[Tensor, Tensor]:
+        """Labels and weights of all copies of the batch, in the order of the model's rows."""
+        copies, spans = max(len(self.copies), 1), micro.label_positions is None
+        return for_copies(micro.labels, copies, spans), for_copies(micro.weights, copies, spans)
 
     def _precision(self) -> AbstractContextManager:
         if self.settings.autocast:
@@ -213,12 +250,17 @@ class LearningModule(pl.LightningModule):
         self.validation_start = time.monotonic()
         self.validation.zero_()
         self.by_source.zero_()
+        self.by_adapter.zero_()
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         for micro in batch:
             with self._precision():
                 logits = self.model(**micro.inputs())
-            losses = label_losses(logits, micro.labels, micro.weights)
+            losses = label_losses(logits, *self._labels(micro))
+            if self.copies:
+                each = by_copy(losses, len(self.copies), micro.label_positions is None)
+                self.by_adapter += each.detach().sum(1)
+                losses = each.sum(0)
             self._add(self.validation, losses.sum(), micro)
             if micro.origins is not None:
                 of_label = torch.stack([losses.detach(), micro.weights], dim=1)
@@ -229,7 +271,7 @@ class LearningModule(pl.LightningModule):
         assert isinstance(total, Tensor)
         loss = _mean(total[LOSS], total[WEIGHT])
         self._publish({"val_loss": loss}, prog_bar=True)
-        parts = self._val_losses()
+        parts = self._val_losses() | self._losses_of_copies(total[WEIGHT])
         self._publish(parts, prog_bar=False)
         if self.trainer.sanity_checking:
             return
@@ -255,6 +297,15 @@ class LearningModule(pl.LightningModule):
         # A validation that is cut short may not reach a source.
         seen = [(name, row) for name, row in zip(names, total, strict=True) if row[1]]
         return {f"val_loss_{name}": _mean(*row) for name, row in seen}
+
+    def _losses_of_copies(self, weight: Tensor) -> dict[str, float]:
+        """`val_loss_of_<adapter>` of each copy of the batch; they add up to the loss."""
+        if not self.copies:
+            return {}
+        total = self.trainer.strategy.reduce(self.by_adapter, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        each = zip(self.copies, total, strict=True)
+        return {f"val_loss_of_{name}": _mean(loss, weight) for name, loss in each}
 
     def _watched(self, val_loss: float) -> float:
         metrics = {**self.trainer.callback_metrics, "val_loss": val_loss}
@@ -293,17 +344,21 @@ class LearningModule(pl.LightningModule):
     # ---- checkpoints: trained weights only, and where the data stands
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.trained.items()}
+        return {name: tensor.detach() for name, tensor in self._kept().items()}
+
+    def _kept(self) -> dict[str, Tensor]:
+        return {**self.trained, **self.moved}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> None:
+        kept = self._kept()
         wrong = [
             name
-            for name in {**self.trained, **state_dict}
-            if name not in self.trained
+            for name in {**kept, **state_dict}
+            if name not in kept
             or name not in state_dict
-            or state_dict[name].shape != self.trained[name].shape
+            or state_dict[name].shape != kept[name].shape
         ]
         if wrong:
             raise UserError(
@@ -312,8 +367,8 @@ class LearningModule(pl.LightningModule):
                 f"exp_manager.resume_if_exists: False"
             )
         with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(state_dict[name])
+            for name, tensor in kept.items():
+                tensor.copy_(state_dict[name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -40,13 +40,13 @@ def check_whole(
 
 
 def write_result(learner: Learner, path: Path, extra: dict[str, Any]) -> int:
-    """Writes the adapters, or the model where all of it was trained; returns the bytes on disk.
+    """Writes what was trained, adapters and fusions or the whole model; returns the bytes on disk.
 
     `extra` are plain values to keep in an adapter's file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if learner.adapters:
-        return save_adapters(learner.model, learner.adapters, path, extra)
+    if not learner.whole:
+        return save_adapters(learner.model, learner.adapters, path, extra, learner.fusions)
     if not is_nemo(path):
         save_base(learner.model, learner.tokenizer, path)
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
