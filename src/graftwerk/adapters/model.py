@@ -23,7 +23,7 @@ from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.part import Part
 from graftwerk.adapters.plan import Plan, resolve_slot, unplaced_layers
 from graftwerk.adapters.replacements import Replacements
-from graftwerk.adapters.slots import Flow, Record, Slot, slots_of
+from graftwerk.adapters.slots import Action, Flow, Record, Slot, slots_of
 from graftwerk.errors import UserError
 
 # Compositions that hold in one thread only, by the identity of their model.
@@ -213,19 +213,21 @@ class AdapterModel(nn.Module):
             columns(composition, {name: method.shift for name, method in methods.items()}),
             any(part.whole_row for name in methods for _, _, part in self.parts(name)),
             self._distances(composition, methods),
-            self._unplaced(methods),
+            self._unplaced(methods, actions),
         )
 
-    def _unplaced(self, methods: Mapping[str, MethodConfig]) -> frozenset[int]:
-        """What the library that a single adapter is from does where its prefixes leave out layers.
+    def _unplaced(
+        self, methods: Mapping[str, MethodConfig], actions: Mapping[str, Action]
+    ) -> frozenset[int]:
+        """What the library that a single adapter is from does where layers have no prefix of it.
 
         Several follow what AdapterHub documents.
         """
         if len(methods) != 1:
             return frozenset()
-        ((name, method),) = methods.items()
+        (method,) = methods.values()
         whole = method.distances != "keys"
-        return frozenset() if whole else unplaced_layers(name, slots_of(self).values())
+        return frozenset() if whole else unplaced_layers(actions, slots_of(self).values())
 
     def _distances(
         self, composition: Composition | str | None, methods: Mapping[str, MethodConfig]

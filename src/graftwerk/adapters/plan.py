@@ -4,7 +4,7 @@ An *action* is what one slot does: it takes a `SlotCall` and gives the slot's ne
 one; a block of a composition joins those of its children.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -59,8 +59,10 @@ class Plan:
     unplaced: frozenset[int] = frozenset()
 
 
-def unplaced_layers(name: str, slots: Iterable[Slot]) -> frozenset[int]:
+def unplaced_layers(active: Container[str], slots: Iterable[Slot]) -> frozenset[int]:
     """The layers of a T5 in which AdapterHub's library has no scores of distances.
+
+    `active`: the keys of slots in which the adapter does something.
 
     It makes them in a stack's first layer, for the others too. From the layer on that has a prefix
     where the one before has none, or the other way round, it puts zeros in their place.
@@ -70,7 +72,7 @@ def unplaced_layers(name: str, slots: Iterable[Slot]) -> frozenset[int]:
     for slot in slots:
         site = slot.site
         if site.name == "prefix":
-            there = name in slot.adapter_layer
+            there = slot.key in active
             if site.stack in lost or there != before.setdefault(site.stack, there):
                 lost.setdefault(site.stack, []).append(site.layer)
             before[site.stack] = there

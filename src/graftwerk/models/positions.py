@@ -35,17 +35,17 @@ def visibility(
 def neighbours(texts: Tensor) -> tuple[Tensor, Tensor]:
     """How many tokens of its text stand before each token and behind it, both as `texts` [B, S].
 
-    Texts are runs of one number. Those of negative ones are padding, which is far from any.
+    Texts are runs of one number; negative ones are padding. What is behind a text's end is far from
+    it, and counts on from its beginning; what is before it is far from both.
     """
     length = texts.shape[1]
     index = torch.arange(length, device=texts.device).expand_as(texts)
     begins = nn.functional.pad(texts[:, 1:] != texts[:, :-1], (1, 0), value=True)
-    first = torch.where(begins, index, 0).cummax(1).values
+    first = torch.where(begins & (texts >= 0), index, -1).cummax(1).values
     later = nn.functional.pad(torch.where(begins, index, length)[:, 1:], (0, 1), value=length)
     stop = later.flip(1).cummin(1).values.flip(1)
-    return tuple(  # pyright: ignore[reportReturnType]
-        counted.masked_fill(texts < 0, FAR) for counted in (index - first, stop - 1 - index)
-    )
+    before = (index - first).masked_fill(first < 0, FAR)
+    return before, (stop - 1 - index).masked_fill(texts < 0, FAR)
 
 
 def same_document(documents: Tensor, virtual: int = 0) -> Tensor:

@@ -226,6 +226,20 @@ def test_settings_of_distances_change_a_t5_and_prefixes_that_disagree_are_refuse
         model.set_active(Stack("a", "b"))
 
 
+def test_from_where_layers_differ_a_single_adapter_of_adapterhub_has_no_distances():
+    keys = replace(FLAT, relative_positions="keys")
+    config = CONFIGS["t5"]
+    layers, first = config.num_layers, config.num_layers + 1
+    total = layers + config.decoder_num_layers
+    model = make("t5", a=replace(keys, leave_out=(first,)), b=keys)
+    model.set_active("a")
+    assert model.plan.unplaced == set(range(first, total))
+    model.set_active("b", skip_layers=[0])
+    assert model.plan.unplaced == set(range(1, layers))
+    model.set_active(Stack("a", "b"))
+    assert not model.plan.unplaced
+
+
 # ---- at birth, and what cannot be
 
 

