@@ -32,14 +32,12 @@ _MODULES = {
         "Split",
         "Stack",
     ),
-    "config_base": ("AdapterConfig",),
-    "config_strings": ("ADAPTER_CONFIG_MAP", "DEFAULT_ADAPTER_CONFIG"),
+    "config_strings": ("ADAPTER_CONFIG_MAP", "DEFAULT_ADAPTER_CONFIG", "AdapterConfig"),
     "configs": (
         "AdapterPlusConfig",
         "BnConfig",
         "CompacterConfig",
         "CompacterPlusPlusConfig",
-        "ConfigUnion",
         "DiReftConfig",
         "DoubleSeqBnConfig",
         "DoubleSeqBnInvConfig",
@@ -48,7 +46,6 @@ _MODULES = {
         "IA3Config",
         "LoRAConfig",
         "LoReftConfig",
-        "MAMConfig",
         "MTLLoRAConfig",
         "NoReftConfig",
         "ParBnConfig",
@@ -60,7 +57,6 @@ _MODULES = {
         "ReftConfig",
         "SeqBnConfig",
         "SeqBnInvConfig",
-        "UniPELTConfig",
         "VeraConfig",
     ),
     "context": ("AdapterSetup",),
@@ -71,6 +67,7 @@ _MODULES = {
     ),
     "outputs": ("AdapterModelOutput", "MultiHeadOutput"),
     "trainer": ("AdapterTrainer",),
+    "unions": ("ConfigUnion", "MAMConfig", "UniPELTConfig"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

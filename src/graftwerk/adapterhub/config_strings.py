@@ -13,14 +13,12 @@ from graftwerk.adapterhub.configs import (
     AdapterPlusConfig,
     CompacterConfig,
     CompacterPlusPlusConfig,
-    ConfigUnion,
     DiReftConfig,
     DoubleSeqBnConfig,
     DoubleSeqBnInvConfig,
     IA3Config,
     LoRAConfig,
     LoReftConfig,
-    MAMConfig,
     MTLLoRAConfig,
     NoReftConfig,
     ParBnConfig,
@@ -28,9 +26,9 @@ from graftwerk.adapterhub.configs import (
     PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
-    UniPELTConfig,
     VeraConfig,
 )
+from graftwerk.adapterhub.unions import ConfigUnion, MAMConfig, UniPELTConfig
 from graftwerk.errors import UserError
 
 ADAPTER_CONFIG_MAP: dict[str, AdapterConfig] = {

@@ -102,9 +102,10 @@ class FileMethods(AdapterMethods, HeadMethods):
         found = find_adapter(str(adapter_name_or_path), own_name, wanted, version)
         name = load_as or found.name
         name = load_adapterhub(self.base, found.folder, name, changes, tuple(leave_out or ()))
-        if with_head and (found.folder / HEAD.config).is_file():
+        heads = read_adapterhub(found.folder).heads if with_head else []
+        if heads:
             try:
-                self.load_head(found.folder, name)
+                self._take_head(only(heads, found.folder, "head"), str(found.folder), name)
             except UserError:
                 self.base.delete_adapter(name)
                 raise

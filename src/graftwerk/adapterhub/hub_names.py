@@ -71,8 +71,8 @@ def older_names(older: re.Match[str], model_name: str | None, config: str | None
         raise UserError(
             f"{older.group()} is one adapter for each base: say model_name, the Hub's name of it"
         )
-    model = model_name.strip("/").replace("/", "-")
-    short = model_name.rpartition("/")[2]
+    short = model_name.rstrip("/").rpartition("/")[2]
+    model = model_name.replace("/", "-") if hub.is_hub_name(model_name) else short
     kind = ARCHITECTURES.get(config or "pfeiffer", config or "pfeiffer")
     task, dataset = older["task"], older["dataset"]
     names = [f"{base}_{task}_{dataset}_{kind}" for base in (model, short)]

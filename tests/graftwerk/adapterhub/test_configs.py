@@ -1,6 +1,8 @@
 """Configuration classes: AdapterHub's keys and defaults, strings, unions, and what is refused."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -27,6 +29,7 @@ from graftwerk.adapterhub import (
     UniPELTConfig,
 )
 from graftwerk.errors import UserError
+from tests.graftwerk.learning_stage import environment
 
 
 def test_a_dictionary_of_the_librarys_files_comes_back_as_it_was(shared):
@@ -134,6 +137,18 @@ def test_layers_left_out_are_judged_on_a_model_only():
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(UserError, match="architecture 'hyper' is not known"):
         AdapterConfig.from_dict({"architecture": "hyper"})
+
+
+def test_the_base_class_imported_alone_knows_all_others():
+    code = (
+        "from graftwerk.adapterhub import AdapterConfig as C; "
+        "C(mh_adapter=True, output_adapter=True, reduction_factor=8, non_linearity='relu'); "
+        "C.from_dict({'architecture': 'union', 'configs': [{'architecture': 'lora'}]})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_every_public_name_is_there():
