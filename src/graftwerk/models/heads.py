@@ -6,27 +6,17 @@ Its `config` is the dictionary of those files, by which `build_head` makes it an
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.methods.activations import Activation, check_activation
 from graftwerk.errors import UserError
 
 IGNORED = -100  # the label of a place that has none
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_new": partial(nn.GELU, approximate="tanh"),
-    "leakyrelu": nn.LeakyReLU,
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "tanh": nn.Tanh,
-}
 # Each type of head: its settings, with AdapterHub's defaults.
 _LABELS = {"num_labels": 2, "layers": 2, "activation_function": "tanh", "label2id": None}
 _PLACES = {**_LABELS, "layers": 1, "dropout_prob": None}
@@ -337,10 +327,8 @@ def _activation(config: Mapping[str, Any]) -> list[nn.Module]:
     name = config["activation_function"]
     if name is None:
         return []
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"activation_function {name!r} is not known: one of {known}, or None")
-    return [ACTIVATIONS[name]()]
+    check_activation(name, "activation_function")
+    return [Activation(name)]
 
 
 def _layers_to_labels(config: Mapping[str, Any], size: int, dropout: float) -> list[nn.Module]:
