@@ -183,7 +183,9 @@ def add_fusion(
     check_model(model, part, path)
     config = fusion_of(part.config, f"{path}: {FUSION.config}")
     key = name or part.name
-    tensors = without_root(family_of(model), part.tensors)
+    unused = f"adapter_fusion_layer.{part.name}.dense."  # what no pass reads, without matrices
+    read = without_root(family_of(model), part.tensors)
+    tensors = {k: v for k, v in read.items() if unused not in k}
     model.add_fusion(key, config)
     try:
         shapes = {k: v.shape for k, v in model.fusion_state(key).items()}
