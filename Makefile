@@ -31,7 +31,7 @@ methods: venv
 
 # ARGS="tests/graftwerk/generation -k eos" narrows it. As many processes as processors, one thread
 # each: the models are too small for more. A file's tests stay together, with what they share.
-PYTEST = $(IN_VENV) OMP_NUM_THREADS=1 python3 -m pytest --numprocesses=auto --dist=loadfile
+PYTEST = $(IN_VENV) OMP_NUM_THREADS=1 python3 -m pytest --numprocesses=logical --dist=loadfile
 
 test: dev
 	$(PYTEST) -m "not long" $(ARGS)
