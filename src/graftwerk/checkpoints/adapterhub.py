@@ -103,7 +103,9 @@ def load_adapterhub(
         UserError: where the folder holds no adapter or several, is damaged, or made for another
             model, and for a name that is taken.
     """
-    file = adapter_file(only(read_adapterhub(path).adapters, path), path, config, leave_out)
+    file = adapter_file(
+        only(read_adapterhub(path, [ADAPTER]).adapters, path), path, config, leave_out
+    )
     return load_from(model, path, file, name)[0]
 
 
@@ -173,7 +175,9 @@ def load_adapterhub_fusion(model: AdapterModel, path: str | Path, name: str | No
     Raises:
         UserError: as `load_adapterhub`; also where an adapter that it fuses is not there.
     """
-    return add_fusion(model, only(read_adapterhub(path).fusions, path, "fusion"), path, name)
+    return add_fusion(
+        model, only(read_adapterhub(path, [FUSION]).fusions, path, "fusion"), path, name
+    )
 
 
 def add_fusion(

@@ -15,7 +15,12 @@ from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.slots import Site, slots_of
 from graftwerk.checkpoints.adapter_form import AdapterFile, SavedAdapter
 from graftwerk.checkpoints.adapter_shapes import shapes_of
-from graftwerk.checkpoints.adapterhub_config import OLD_ACTIVATIONS, method_of
+from graftwerk.checkpoints.adapterhub_config import (
+    ARCHITECTURES,
+    OLD_ACTIVATIONS,
+    UNION,
+    method_of,
+)
 from graftwerk.checkpoints.adapterhub_files import ADAPTER, HubPart, read_adapterhub
 from graftwerk.checkpoints.adapterhub_names import (
     ALIKE,
@@ -35,7 +40,7 @@ MENDED = (1, 1)  # LoRA of versions before was trained without alpha / r
 
 def read_adapter_file(path: str | Path) -> AdapterFile:
     """The adapters of a folder, or of a folder of folders, for `load_adapters`."""
-    files = [adapter_file(part, path) for part in read_adapterhub(path).adapters]
+    files = [adapter_file(part, path) for part in read_adapterhub(path, [ADAPTER]).adapters]
     if not files:
         raise UserError(f"{path} holds no adapter")
     saved = [adapter for file in files for adapter in file.adapters]
@@ -71,10 +76,20 @@ def adapter_file(
         return [SavedAdapter(part.name, settings_of(method), state)]
 
     base = part.about.get("model_name")
-    told = SavedAdapter(
-        part.name, {"method": config.get("architecture") or "bottleneck"}, part.tensors
-    )
+    told = SavedAdapter(part.name, _rough(config), part.tensors)
     return AdapterFile([told], {} if base is None else {"base": base}, fit)
+
+
+def _rough(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a method without a model: its class, and its virtual tokens."""
+    kind, members = config.get("architecture"), config.get("configs")
+    if kind == UNION and isinstance(members, list):
+        known = [each for each in members if isinstance(each, Mapping)]
+        return {"method": UnionConfig.__name__, "configs": [_rough(each) for each in known]}
+    row = ARCHITECTURES.get(kind) if isinstance(kind, str | None) else None
+    name = str(kind) if row is None else row.method.__name__
+    length = config.get("prompt_length")
+    return {"method": name} | ({"virtual_tokens": length} if kind == "prompt_tuning" else {})
 
 
 def _mended(part: HubPart) -> dict[str, Any]:
@@ -177,6 +192,9 @@ def cut(
         ]
     if mistakes:
         more = f"; and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
+        if all(mistake.startswith("missing shared_parameters.") for mistake in mistakes):
+            more += " (the library leaves these out for a T5 without its own heads: save the "
+            more += "adapter from a T5AdapterModel)"
         raise UserError(f"{what} do not fit this model: {'; '.join(sorted(mistakes)[:3])}{more}")
     return table.cut(tensors, shapes)
 
@@ -190,7 +208,9 @@ def without_root(family: HubFamily, tensors: Mapping[str, Tensor]) -> dict[str, 
     """A file's tensors under names without the root, and without what older files have in them."""
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        words = name.removeprefix(family.root).split(".")
+        for root in (family.root, *family.others.values()):
+            name = name.removeprefix(root)
+        words = name.split(".")
         made[".".join(OLD_NAMES.get(word, word) for word in words)] = tensor
     return made
 

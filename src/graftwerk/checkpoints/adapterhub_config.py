@@ -17,7 +17,7 @@ from graftwerk.adapters.methods.prompt import PromptTuningConfig
 from graftwerk.adapters.methods.reft import ReftConfig
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.part import MethodSettings
-from graftwerk.checkpoints.adapterhub_names import FAMILIES, form_of, model_type_of
+from graftwerk.checkpoints.adapterhub_names import form_of, model_type_of
 from graftwerk.checkpoints.kinds import field_kinds, fits, words_for
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
@@ -161,8 +161,6 @@ def _read_prompt(values: dict[str, Any], model: TransformerConfig, where: str) -
 
 
 def _write_prompt(values: dict[str, Any], model: TransformerConfig) -> None:
-    if not FAMILIES[model_type_of(model)].prompts:
-        raise UserError(f"AdapterHub has no prompt tuning on {model_type_of(model)}")
     if values["prompt_init"] == "normal":  # said of vectors that are born already
         values["prompt_init"] = "random_uniform"
 

@@ -7,7 +7,7 @@ or a torch file, of which nothing but tensors is unpickled.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graftwerk.adapters import composition as blocks
 from graftwerk.adapters.composition import Composition
+from graftwerk.checkpoints.adapterhub_heads import numbered
 from graftwerk.checkpoints.tensors import SafeTensors
 from graftwerk.checkpoints.torch_files import TorchFiles
 from graftwerk.errors import UserError
@@ -47,7 +48,7 @@ FUSION = Kind(
 
 @dataclass(frozen=True)
 class HubPart:
-    """An adapter, a head or a fusion of a folder.
+    """An adapter, a head or a fusion of a folder; a head of transformers' has no name.
 
     `config` is what the JSON has under that key, `about` all that is beside it (model_name,
     model_type, hidden_size, version, ...), `tensors` the weights under their names there; those of
@@ -87,8 +88,11 @@ def is_adapterhub(path: str | Path) -> bool:
     )
 
 
-def read_adapterhub(path: str | Path) -> HubFolder:
+def read_adapterhub(path: str | Path, kinds: Sequence[Kind] = (ADAPTER, FUSION, HEAD)) -> HubFolder:
     """What lies in a folder, or in the folders of a setup or of several adapters.
+
+    Args:
+        kinds: what is read; the rest is left aside.
 
     Raises:
         UserError: where it is missing, damaged, or holds nothing of AdapterHub's.
@@ -102,16 +106,17 @@ def read_adapterhub(path: str | Path) -> HubFolder:
         inside["head_setup"] = _head_setup(settings.get("head_setup"), str(path / SETUP))
     folders = sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
     for folder in [path, *folders]:
-        for kind, parts in zip(
-            (ADAPTER, FUSION, HEAD), (found.adapters, found.fusions, found.heads), strict=True
+        for kind, parts in (
+            (ADAPTER, found.adapters),
+            (FUSION, found.fusions),
+            (HEAD, found.heads),
         ):
-            if (folder / kind.config).is_file():
+            there = kind in kinds and (folder / kind.config).is_file()
+            if there:
                 parts.append(_read_part(folder, kind))
     if not found.adapters + found.fusions + found.heads:
-        raise UserError(
-            f"{path} holds nothing of AdapterHub's: a folder with {ADAPTER.config}, "
-            f"{FUSION.config}, {HEAD.config} or {SETUP} is needed"
-        )
+        wanted = " or ".join(kind.config for kind in kinds)
+        raise UserError(f"{path} holds nothing of AdapterHub's: a folder with {wanted} is needed")
     return HubFolder(path, found.adapters, found.fusions, found.heads, **inside)
 
 
@@ -140,6 +145,8 @@ def _read_part(folder: Path, kind: Kind) -> HubPart:
     if "peft_type" in values:
         raise UserError(f"{path}: this adapter is peft's, not AdapterHub's")
     name, config = values.pop("name", None), values.pop("config", None)
+    if kind is HEAD and config is None:
+        return _fixed_head(path, values, _read_tensors(folder, kind))
     if not isinstance(name, str) or not name:
         raise UserError(f"{path}: name={name!r}: the name that the weights are under is needed")
     if kind is FUSION and isinstance(config, str):
@@ -151,6 +158,12 @@ def _read_part(folder: Path, kind: Kind) -> HubPart:
         start = f"heads.{name}."
         tensors = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     return HubPart(name, config, values, tensors)
+
+
+def _fixed_head(path: Path, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> HubPart:
+    """A head of one of transformers' classes; it has no name."""
+    config, named = numbered(about, tensors, str(path))
+    return HubPart("", config, about, named)
 
 
 def _read_tensors(folder: Path, kind: Kind) -> dict[str, Tensor]:

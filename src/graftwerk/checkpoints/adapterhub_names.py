@@ -53,8 +53,8 @@ class HubFamily:
         modules: of each stack: the module within a layer that stands for a slot.
         prefixes: the kind of prefix of each (stack, slot).
         words: what holds the invertible adapter.
-        prompts: whether the library has prompt tuning for it.
         classes: class names without a head, whose files have no root.
+        others: the roots of classes that have another.
     """
 
     root: str
@@ -64,12 +64,14 @@ class HubFamily:
     classes: tuple[str, ...]
     rootless: bool = False
     words: str = ""
-    prompts: bool = True
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def root_of(self, model_class: str) -> str:
         """What stands before the names in a file of this class of models."""
         if model_class in self.classes:
             return ""
+        if model_class in self.others:
+            return self.others[model_class]
         flexible = model_class.endswith(("AdapterModel", "ModelWithHeads"))
         return "" if self.rootless and not flexible else self.root
 
@@ -95,7 +97,6 @@ GPT2 = HubFamily(
     },
     prefixes={("decoder", "prefix"): "self_prefix"},
     classes=("GPT2Model",),
-    prompts=False,
 )
 LLAMA = HubFamily(
     root="model.",
@@ -112,6 +113,7 @@ LLAMA = HubFamily(
     },
     prefixes={("decoder", "prefix"): "self_prefix"},
     classes=("LlamaModel", "MistralModel"),
+    others={"LlamaForQuestionAnswering": "transformer."},
 )
 BERT = HubFamily(
     root="bert.",
@@ -164,7 +166,6 @@ T5 = HubFamily(
     },
     classes=("T5Model", "MT5Model"),
     words="encoder.",
-    prompts=False,
 )
 FAMILIES = {
     "gpt2": GPT2,
