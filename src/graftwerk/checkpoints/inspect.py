@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from graftwerk.checkpoints import peft
 from graftwerk.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from graftwerk.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from graftwerk.checkpoints.adapter import form_of
 from graftwerk.checkpoints.adapter_form import FORMAT, listed
 from graftwerk.checkpoints.adapter_nemo import is_own_form, peft_section
+from graftwerk.checkpoints.adapterhub_files import ADAPTER as HUB_ADAPTER
+from graftwerk.checkpoints.adapterhub_files import is_adapterhub, read_adapterhub
 from graftwerk.checkpoints.base import (
     Checkpoint,
     find_checkpoint,
@@ -26,6 +30,8 @@ from graftwerk.checkpoints.nemo import CONFIG as NEMO_CONFIG
 from graftwerk.checkpoints.nemo import config_of, open_container, weights_of
 from graftwerk.checkpoints.settings import read_settings
 from graftwerk.checkpoints.tensors import SafeTensors, TensorSource
+from graftwerk.checkpoints.tfew import is_torch_file
+from graftwerk.checkpoints.torch_files import TorchFiles
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig, build_model
 
@@ -50,6 +56,7 @@ FORM = (
     "share_embeddings_and_output_weights",
     "head",
 )
+FOREIGN = {"peft": "peft (folder)", "adapterhub": "AdapterHub (folder)", "tfew": "T-Few (.pt)"}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -110,6 +117,8 @@ def inspect(path: str | Path, revision: str | None = None) -> Report:
         UserError: where there is none that can be read, and where files of it are missing.
     """
     found = find_checkpoint(path, revision, key="")
+    if _is_foreign(found):
+        return _foreign(found)
     settings = _adapter_settings(found)
     if settings is not None:
         return _adapter(found, settings)
@@ -165,6 +174,49 @@ def _adapter_settings(path: Path) -> dict[str, Any] | None:
     with open_container(path) as files:
         settings = config_of(files)
     return settings if is_own_form(settings) or peft_section(settings) else None
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is an adapter of another library than NeMo: AdapterHub's, peft's, T-Few's."""
+    if path.is_file():
+        return is_torch_file(path)
+    names = (ADAPTER_CONFIG, NEMO_CONFIG, "config.json")  # a model has its own
+    if any((path / name).is_file() for name in names):
+        return False
+    return peft.is_peft(path) or is_adapterhub(path)
+
+
+def _foreign(path: Path) -> Report:
+    form = form_of(path)
+    kinds = (peft.WEIGHTS, peft.PICKLED, HUB_ADAPTER.safe, HUB_ADAPTER.pickled)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.name in kinds)
+    counts: Counter[str] = Counter()
+    for file in files:
+        safe = file.suffix == ".safetensors"
+        source: TensorSource = SafeTensors([file]) if safe else TorchFiles([file])
+        with source:
+            counts.update(_dtypes(source, source.names))
+    method, told, base = "IA3", {}, None
+    if form == "peft":
+        told = peft.read_json(path / peft.CONFIG)
+        method, base = told.pop("peft_type"), told.pop("base_model_name_or_path", None)
+    elif form == "adapterhub":
+        parts = read_adapterhub(path, [HUB_ADAPTER]).adapters
+        method = ", ".join(str(p.config.get("architecture") or "bottleneck") for p in parts)
+        told = parts[0].config if len(parts) == 1 else {part.name: part.config for part in parts}
+        base = parts[0].about.get("model_name")
+    return Report(
+        kind="adapter",
+        path=str(path),
+        format=FOREIGN[form],
+        parameters=sum(counts.values()),
+        dtypes=dict(counts.most_common()),
+        file_bytes=sum(file.stat().st_size for file in files),
+        shards=len(files),
+        method=str(method),
+        settings={k: v for k, v in told.items() if v not in (None, False, "", {}, [])},
+        base=_text(base),
+    )
 
 
 def _adapter(path: Path, settings: dict[str, Any]) -> Report:

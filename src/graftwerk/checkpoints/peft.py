@@ -195,17 +195,19 @@ def _copies(
     modules: Modules, whole: Weights, head: str | None, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """By our names, parameters of the base that were trained too, and those of a label head."""
+    given = {modules.full(name): leaves for name, leaves in whole.items()}
     copies: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
-    for name, leaves in whole.items():
-        for ours, entry in modules.parameters(name).items():
-            parts = [leaves.get(theirs.rpartition(".")[2]) for theirs in entry.names]
-            known = [part for part in parts if part is not None]
-            if len(known) < len(parts):
-                raise UserError(f"{folder}: {name} has no {ours.rpartition('.')[2]}")
-            tensor = entry.reshape.join(entry.reshape.parts(known))
-            labels = head is not None and ours.startswith("head.")
-            (kept if labels else copies)[ours] = tensor
+    for ours, entry in modules.parameters(whole).items():
+        parts: list[Tensor] = []
+        for name in entry.names:
+            module, _, leaf = name.rpartition(".")
+            if leaf not in given.get(module, {}):
+                raise UserError(f"{folder}: {module} has no {leaf}")
+            parts.append(given[module][leaf])
+        tensor = entry.reshape.join(entry.reshape.parts(parts))
+        labels = head is not None and ours.startswith("head.")
+        (kept if labels else copies)[ours] = tensor
     return copies, kept
 
 

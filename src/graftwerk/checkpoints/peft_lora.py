@@ -20,6 +20,7 @@ from graftwerk.adapters.methods.hub_lora import HubIA3, HubLoRA
 from graftwerk.adapters.methods.ia3 import PLACES, Scale
 from graftwerk.adapters.methods.lora import SLOTS, DoRA, LoRA
 from graftwerk.adapters.part import Part
+from graftwerk.checkpoints.kinds import fits, words_for
 from graftwerk.checkpoints.peft_modules import PREFIX, Module, Modules
 from graftwerk.errors import UserError
 
@@ -81,6 +82,16 @@ def check_lora(settings: Mapping[str, Any], path: Path) -> None:
             f"{path}: init_lora_weights={settings['init_lora_weights']!r} changes the base's "
             f"weights: convert it in peft first (`path_initial_model_for_weight_conversion`)"
         )
+    kinds = {
+        "rank_pattern": dict[str, int] | None,
+        "alpha_pattern": dict[str, float] | None,
+        "lora_alpha": float,
+        "lora_dropout": float,
+        "use_rslora": bool,
+    }
+    for key, kind in kinds.items():
+        if key in settings and not fits(settings[key], kind):
+            raise UserError(f"{path}: {key}={settings[key]!r} must be {words_for(kind)}")
     patterns = (*(settings.get("rank_pattern") or {}), *(settings.get("alpha_pattern") or {}))
     for pattern in patterns:
         try:

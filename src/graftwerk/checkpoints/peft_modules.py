@@ -99,22 +99,32 @@ class Modules:
         """A module by its name, with the root of the bare model or without."""
         return self.linear.get(name) or self.linear.get(f"{self.family.root}.{name}")
 
-    def parameters(self, module: str) -> dict[str, Entry]:
-        """Our parameters that a module of theirs, or those within it, are made into; all or none.
+    def parameters(self, names: Iterable[str]) -> dict[str, Entry]:
+        """Our parameters that some modules of theirs, with those within them, are made into.
 
         Raises:
-            UserError: where one is joined with those of other modules.
+            UserError: where one is joined with those of a module that is not among them.
         """
-        full = module if self._has(module) else f"{self.family.root}.{module}"
+        own = tuple(f"{self.full(name)}." for name in names)
         found = {
             ours: entry
             for ours, entry in self.table.items()
-            if any(name.startswith(f"{full}.") for name in entry.names)
+            if any(name.startswith(own) for name in entry.names)
         }
         for ours, entry in found.items():
-            if not all(name.startswith(f"{full}.") for name in entry.names):
-                raise UserError(f"{module} is a part of {ours} here, and cannot be kept alone")
+            if alone := [name for name in entry.names if not name.startswith(own)]:
+                raise UserError(
+                    f"{ours} is one parameter here: it cannot be kept whole without {alone[0]}"
+                )
         return found
+
+    def holds(self, module: str) -> bool:
+        """Whether there is such a module with weights, or one above such."""
+        return self._has(self.full(module))
+
+    def full(self, module: str) -> str:
+        """The name of a module with the root of the bare model, which a file may leave out."""
+        return module if self._has(module) else f"{self.family.root}.{module}"
 
     def _has(self, module: str) -> bool:
         return any(name == module or name.startswith(f"{module}.") for name in self.named)
@@ -201,7 +211,7 @@ def modules_for(model: AdapterModel, names: Iterable[str], path: Path | str) -> 
         except UserError:
             continue
         modules = Modules(family, model)
-        lost = [name for name in wanted if not (modules.find(name) or modules.parameters(name))]
+        lost = [name for name in wanted if not (modules.find(name) or modules.holds(name))]
         if not lost:
             return modules
         if nearest is None or len(lost) < nearest[0]:

@@ -28,7 +28,7 @@ def load_wanted(model: AdapterModel, path: str | Path, wanted: Sequence[Wanted] 
     if Path(path).suffix == ".ckpt":
         _load_checkpoint(model, path, wanted)
         return
-    saved = {adapter.name: adapter.config for adapter in read_adapters(path).adapters}
+    saved = {adapter.name: adapter.config for adapter in read_adapters(path).on(model).adapters}
     names = set(saved) if wanted is None else {_name(one) for one in wanted}
     if unknown := names - set(saved):
         raise UserError(f"{path} holds no adapter {min(unknown)!r}: it has {', '.join(saved)}")
