@@ -80,14 +80,16 @@ class PTuningConfig(MethodSettings):
     """`virtual_tokens` vectors of `embedding_dim` through a network to the hidden size h.
 
     `mlp`: a bottleneck of `bottleneck_dim` with tanh-gelu; v e + e b + b + b h + h parameters.
-    `lstm`: two bidirectional layers of e / 2 each way, then e -> e -> h with relu. `place` and
-    `shifts_positions` are as in `PromptTuningConfig`.
+    `lstm`: two bidirectional layers of e / 2 each way, then e -> e -> h with relu. Of peft's
+    networks b is the `encoder_hidden_size`: `peft_mlp` is e -> b -> b -> h with relu, `peft_lstm` two
+    bidirectional layers of b each way, then 2 b -> 2 b -> h. `place` and `shifts_positions` are as
+    in `PromptTuningConfig`.
     """
 
     virtual_tokens: int = 10
     embedding_dim: int = 1024
     bottleneck_dim: int = 1024
-    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder: Literal["mlp", "lstm", "peft_mlp", "peft_lstm"] = "mlp"
     init_std: float = 0.023
     place: Place = "embedding"
     shifts_positions: bool = True
@@ -95,8 +97,11 @@ class PTuningConfig(MethodSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_prompt(self.virtual_tokens, self.place)
-        if self.encoder not in ("mlp", "lstm"):
-            raise UserError(f"model.p_tuning.encoder={self.encoder!r}: use 'mlp' or 'lstm'")
+        encoders = ("mlp", "lstm", "peft_mlp", "peft_lstm")
+        if self.encoder not in encoders:
+            raise UserError(
+                f"model.p_tuning.encoder={self.encoder!r}: use one of {', '.join(encoders)}"
+            )
         if self.encoder == "lstm" and self.embedding_dim % 2:
             raise UserError(
                 f"model.p_tuning.embedding_dim={self.embedding_dim}: an lstm needs an even number"
@@ -171,14 +176,21 @@ class PTuning(Prompt):
         inner = config.embedding_dim
         self.embedding = nn.Parameter(torch.empty(config.virtual_tokens, inner))
         nn.init.normal_(self.embedding, std=config.init_std)
-        self.lstm = None
-        if config.encoder == "lstm":
-            self.lstm = nn.LSTM(inner, inner // 2, 2, bidirectional=True, batch_first=True)
-        middle = inner if config.encoder == "lstm" else config.bottleneck_dim
+        self.lstm = self.between = None
+        middle = config.bottleneck_dim
+        if config.encoder in ("lstm", "peft_lstm"):
+            each = inner // 2 if config.encoder == "lstm" else middle
+            self.lstm = nn.LSTM(inner, each, 2, bidirectional=True, batch_first=True)
+            inner = middle = 2 * each
+        elif config.encoder == "peft_mlp":
+            self.between = nn.Linear(middle, middle)
         self.first = nn.Linear(inner, middle)
         self.second = nn.Linear(middle, hidden_size)
 
     def vectors(self) -> Tensor:
+        if self.between is not None:
+            inner = F.relu(self.first(self.embedding))
+            return self.second(F.relu(self.between(inner)))
         if self.lstm is None:
             return self.second(F.gelu(self.first(self.embedding), approximate="tanh"))
         states, _ = self.lstm(self.embedding[None])
