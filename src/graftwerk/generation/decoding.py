@@ -1,16 +1,17 @@
 """Decoding: batched, with a key-value cache; a row's result does not depend on its batch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftwerk.adapters.composition import branches
+from graftwerk.adapters.composition import Split, below, branches
 from graftwerk.generation.prefill import check, prefill
 from graftwerk.generation.sampling import Sampling, uniforms_of
-from graftwerk.models import BERT, GPT, T5
+from graftwerk.models import BERT, GPT, T5, KeyValueCache
 
 Stop = Callable[[list[int]], bool]
 Progress = Callable[[int], object]
@@ -56,8 +57,9 @@ def complete(
 ) -> list[Continuation]:
     """Continues each prompt, in the prompts' order.
 
-    Prompts of similar length share a batch; a row that is finished leaves it. A row with adapters
-    of which what they do at a token depends on those behind it is read anew with each token.
+    Prompts of similar length share a batch, under a `Split` of a GPT those of equal length; a row
+    that is finished leaves it. A row with adapters of which what they do at a token depends on
+    those behind it is read anew with each token.
 
     Args:
         model: in eval mode, with whatever adapters are active. Under a `Parallel` each prompt is
@@ -90,12 +92,20 @@ def complete(
     results = [Continuation() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     make, size = (_WholeRow, 1) if model.plan.whole_row else (_Batch, batch_size)
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
+    alike = isinstance(model, GPT) and bool(below(model.active, Split))  # tokens by their numbers
+    groups = groupby(order, key=lambda row: len(prompts[row]) if alike else 0)
+    for rows in (rows for _, group in groups for rows in batched(group, size)):
         batch = make(model, [prompts[row] for row in rows], sampling, eos_ids, stop, rows, task_ids)
         batch.run([results[row] for row in rows], [numbers[row] for row in rows])
         progress(len(rows))
     return results
+
+
+def batched(rows: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Runs of at most `size` rows."""
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 class _Batch:
@@ -203,8 +213,11 @@ class _WholeRow(_Batch):
 
     def _read(self, chosen: Tensor) -> None:
         self.tokens = torch.cat([self.tokens, chosen[:, None]], 1)
+        cache = KeyValueCache(len(self.cache.own))  # empty: it says which row of the batch this is
+        cache.rows = self.cache.rows
+        more: dict[str, Any] = {"cache": cache, "task_ids": self.task_ids}
         if isinstance(self.model, T5):
-            row = self.model(self.tokens, source=self.prompt, task_ids=self.task_ids)
+            row = self.model(self.tokens, source=self.prompt, **more)
         else:
-            row = self.model(torch.cat([self.prompt, self.tokens], 1), task_ids=self.task_ids)
+            row = self.model(torch.cat([self.prompt, self.tokens], 1), **more)
         self.logits = row[:, -1]
