@@ -81,9 +81,9 @@ class PTuningConfig(MethodSettings):
 
     `mlp`: a bottleneck of `bottleneck_dim` with tanh-gelu; v e + e b + b + b h + h parameters.
     `lstm`: two bidirectional layers of e / 2 each way, then e -> e -> h with relu. Of peft's
-    networks b is the `encoder_hidden_size`: `peft_mlp` is e -> b -> b -> h with relu, `peft_lstm` two
-    bidirectional layers of b each way, then 2 b -> 2 b -> h. `place` and `shifts_positions` are as
-    in `PromptTuningConfig`.
+    networks b is the `encoder_hidden_size`: `peft_mlp` is e -> b -> b -> h with relu, `peft_lstm`
+    two bidirectional layers of b each way, then 2 b -> 2 b -> h. `place` and `shifts_positions`
+    are as in `PromptTuningConfig`.
     """
 
     virtual_tokens: int = 10
