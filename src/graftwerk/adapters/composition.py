@@ -11,6 +11,7 @@ a child for each row. Which block may hold which is the rule of AdapterHub's `ad
 `str()` of a composition is the text that configurations hold, and `parse` reads it.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ class Average(Composition):
         own = None if weights is None else tuple(float(weight) for weight in weights)
         if own is not None and len(own) != len(children):
             raise UserError(f"Average of {len(children)} has {len(own)} weights: one each")
+        if own is not None and not math.isfinite(sum(own)):
+            raise UserError(f"Average: weights={list(own)} must be finite numbers, as their sum")
         if own is not None and normalize_weights and not sum(own):
             raise UserError(f"Average: weights={list(own)} add up to 0 and cannot be normalised")
         object.__setattr__(self, "weights", own)
@@ -280,7 +283,8 @@ def columns(composition: Composition | str | None, lengths: Mapping[str, int]) -
 
 # ---- reading a text
 
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_][\w-]*)|(-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)|([(),=\[\]]))")
+_TOKEN = re.compile(r"\s*(?:([^\W\d][\w-]*)|(-?\d{1,18}(?:\.\d*)?(?:[eE][-+]?\d+)?)|([(),=\[\]]))")
+_DEEPEST = 50  # blocks in one another
 
 
 def parse(text: str) -> Composition | str:
@@ -312,7 +316,7 @@ class _Reader:
     """A recursive reader of the words of one text."""
 
     def __init__(self, text: str, words: list[tuple[str, int]]):
-        self.text, self.words, self.at = text, words, 0
+        self.text, self.words, self.at, self.depth = text, words, 0, 0
 
     @property
     def word(self) -> str | None:
@@ -332,7 +336,7 @@ class _Reader:
         return UserError(f"composition {self.text!r}: {wanted} is missing before {found}")
 
     def composition(self) -> Composition | str:
-        if self.word is None or not re.match(r"[A-Za-z_]", self.word):
+        if self.word is None or not re.match(r"[^\W\d]", self.word):
             raise self.mistake("an adapter's name")
         name = str(self.take())
         if self.word != "(":
@@ -342,6 +346,9 @@ class _Reader:
                 f"composition {self.text!r}: {name!r} is no block: use one of {', '.join(BLOCKS)}"
             )
         self.take()
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise UserError(f"composition {self.text[:60]!r}...: more than {_DEEPEST} blocks deep")
         children: list[Composition | str] = []
         given: dict[str, Any] = {}
         while self.word != ")":
@@ -352,6 +359,7 @@ class _Reader:
             if self.word != ")":
                 self.expect(",")
         self.take()
+        self.depth -= 1
         block = BLOCKS[name]
         if block in (Split, BatchSplit) and block.argument not in given:
             raise UserError(f"composition {self.text!r}: {name} needs {block.argument}=[...]")
@@ -359,6 +367,8 @@ class _Reader:
 
     def argument(self, block: type[Composition], given: dict[str, Any]) -> None:
         key = str(self.take())
+        if key in given:
+            raise UserError(f"composition {self.text!r}: {block.__name__} has {key!r} twice")
         self.expect("=")
         if block is Average and key == "normalize_weights" and self.word in ("True", "False"):
             given[key] = self.take() == "True"

@@ -82,7 +82,8 @@ class AdapterModel(nn.Module):
         """
         if name in self.adapters:
             raise UserError(f"adapter {name!r} exists already: choose another name, or delete it")
-        if not name.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict, name):
+        usable = name.replace("-", "_").isidentifier() and not name.startswith("-")
+        if not usable or hasattr(nn.ModuleDict, name):
             raise UserError(
                 f"adapter name {name!r}: use letters, digits, '_' and '-', and no word of "
                 f"torch.nn.ModuleDict such as 'keys' or 'train'"

@@ -246,6 +246,9 @@ def _apart(children: Sequence[Action | None], call: SlotCall, choice: Tensor) ->
 
 
 def _by_columns(block: Split, children: Sequence[Action | None], call: SlotCall) -> Tensor:
+    if call.output.ndim == 2:  # a head's scores of rows, made of each one's first token
+        first_child = children[0]
+        return call.output if first_child is None else first_child(call)
     first, length = call.flow.offset, call.output.shape[1]
     bounds, end = [], 0
     for count in block.splits[:-1]:  # in tokens of the row; columns before it are the first child's

@@ -73,8 +73,10 @@ class BERT(Transformer):
             if inverse is not None:
                 x = self.selected(inverse(x, flow), select)
             return self.head.words(x, self.embedding.word_embeddings.weight)
-        x = self.selected(x, select)
-        return x if self.head is None else self._answer(x, flow)
+        if self.head is None or self.plan.head is None:
+            x = self.selected(x, select)
+            return x if self.head is None else self._answer(x, flow)
+        return self.selected(self._answer(x, flow), select)  # adapters' heads see whole rows
 
     def _answer(self, x: Tensor, flow: Flow) -> Tensor:
         """What the head for labels makes of [..., h]: the model's own, or the active adapters'."""

@@ -5,9 +5,22 @@ import copy
 import pytest
 import torch
 
-from graftwerk.adapters import BottleneckConfig, IA3Config, LoRAConfig, Parallel, Stack
+from graftwerk.adapters import (
+    BatchSplit,
+    BottleneckConfig,
+    Fuse,
+    FusionConfig,
+    IA3Config,
+    LoRAConfig,
+    MultiTask,
+    Parallel,
+    PromptTuningConfig,
+    Split,
+    Stack,
+)
+from graftwerk.adapters.configs import BnConfig
 from graftwerk.errors import UserError
-from graftwerk.models import GPT, KeyValueCache
+from graftwerk.models import GPT, KeyValueCache, TransformerConfig, build_model
 from tests.graftwerk.tiny import SHAPES, shake, tiny_gpt, tokens
 
 
@@ -125,13 +138,6 @@ def test_deleting_an_active_adapter_switches_it_off(model: GPT):
         model.set_active("a")
 
 
-def test_equality_and_printing_are_exact():
-    assert Stack("a") != Stack("a", "b")
-    assert Stack("a", Parallel("b", "c")) == Stack("a", Parallel("b", "c"))
-    assert Stack("a") != Parallel("a")
-    assert repr(Stack("a", Parallel("b", "c"))) == 'Stack("a", Parallel("b", "c"))'
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -150,3 +156,136 @@ def test_blocks_of_different_width_are_refused(model: GPT):
     model.add_adapter("c", IA3Config())
     with pytest.raises(UserError, match="one width"):
         model.set_active(Stack(Parallel("a", "b"), Parallel("a", "b", "c")))
+
+
+@torch.no_grad()
+def test_a_batch_split_beside_a_parallel_splits_each_copy_of_the_batch(model: GPT):
+    batch = tokens(3)
+    model.add_adapter("late", LoRAConfig(dim=2, layer_selection=(3,)))
+    shake(torch.nn.ModuleList(part for _, _, part in model.parts("late")), 5)
+    tree = Stack(BatchSplit("low", "late", batch_sizes=[1, 2]), Parallel("a", "b"))
+    together = logits_of(model, tree, batch)
+    apart = [
+        logits_of(model, Stack(row_child, child), batch[rows])
+        for child in ("a", "b")
+        for row_child, rows in (("low", slice(0, 1)), ("late", slice(1, 3)))
+    ]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_split_gives_tokens_by_their_number_and_the_last_child_the_rest(model: GPT):
+    kept = logits_of(model, "a", tokens(2, 9))[:, :4]
+    found = logits_of(model, Split("a", "b", splits=[4, 1]), tokens(2, 9))
+    torch.testing.assert_close(found[:, :4], kept, rtol=1e-5, atol=1e-5)
+    cache = KeyValueCache(model.config.num_layers)
+    pieces = [model(piece, cache=cache) for piece in tokens(2, 9).split([2, 3, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), found, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_batch_split_gives_each_row_what_its_child_makes_of_it(model: GPT):
+    batch = tokens(3)
+    found = logits_of(model, BatchSplit("a", "b", batch_sizes=[1, 2]), batch)
+    apart = [logits_of(model, "a", batch[:1]), logits_of(model, "b", batch[1:])]
+    torch.testing.assert_close(found, torch.cat(apart), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_multi_task_gives_each_row_the_child_of_its_task(model: GPT):
+    batch = tokens(3)
+    apart = [logits_of(model, name, batch) for name in ("a", "b")]
+    model.set_active(MultiTask("a", "b"))
+    found = model(batch, task_ids=torch.tensor([1, 0, 1]))
+    wanted = torch.stack([apart[1][0], apart[0][1], apart[1][2]])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="task_ids"):
+        model(batch)
+
+
+@torch.no_grad()
+def test_a_static_fusion_of_one_child_is_that_child(model: GPT):
+    for name in ("one", "hub"):
+        model.add_adapter(name, BottleneckConfig(dim=3) if name == "one" else BnConfig())
+        shake(torch.nn.ModuleList(part for _, _, part in model.parts(name)), 4)
+        model.add_fusion(name, FusionConfig.named("static"))
+        alone = logits_of(model, name, tokens())
+        torch.testing.assert_close(
+            logits_of(model, Fuse(name), tokens()), alone, rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.no_grad()
+def test_skipped_layers_do_what_layers_without_adapters_do(model: GPT):
+    part_of = {path: part for path, _, part in model.parts("b")}
+    model.set_active("b", skip_layers=(1,))
+    found = model(tokens())
+    for path in [path for path in part_of if path.startswith("decoder.layers.1.")]:
+        del model.get_submodule(path).adapter_layer["b"]
+    assert torch.equal(logits_of(model, "b", tokens()), found)
+    model.set_active("b", skip_layers=(0, 1, 2))
+    assert torch.equal(model(tokens()), logits_of(model, None, tokens()))
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_named_twice_stands_in_two_places():
+    model, twins = tiny_gpt(), tiny_gpt()
+    for owner, name in ((model, "p"), (twins, "p"), (twins, "q")):
+        owner.add_adapter(name, PromptTuningConfig(virtual_tokens=2))
+    twins.load_adapter_state("q", twins.adapter_state("p"))
+    model.load_adapter_state("p", twins.adapter_state("p"))
+    expected = logits_of(twins, Stack("p", "q"), tokens())
+    torch.testing.assert_close(logits_of(model, Stack("p", "p"), tokens()), expected)
+
+
+@torch.no_grad()
+def test_a_child_that_ends_its_sublayer_leaves_the_others_of_a_parallel_alone(model: GPT):
+    configs = {"ends": BnConfig(original_ln_after=False), "on": BnConfig(), "next": BnConfig()}
+    for seed, (name, config) in enumerate(configs.items()):
+        model.add_adapter(name, config)
+        shake(torch.nn.ModuleList(part for _, _, part in model.parts(name)), seed)
+    apart = [logits_of(model, Stack(name, "next"), tokens()) for name in ("ends", "on")]
+    together = logits_of(model, Stack(Parallel("ends", "on"), "next"), tokens())
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+
+
+# ---- adapters' own heads
+
+
+def labelling(head: str):
+    model = build_model(
+        TransformerConfig(
+            architecture="bert",
+            vocab_size=61,
+            num_layers=1,
+            hidden_size=16,
+            num_attention_heads=2,
+            ffn_hidden_size=16,
+            max_position_embeddings=32,
+            transformer_block_type="post_ln",
+            head=head,
+            num_labels=3,
+        )
+    )
+    for seed, name in enumerate("ab"):
+        model.add_adapter(name, IA3Config())
+        shake(model.head_of(name), seed)  # pyright: ignore[reportArgumentType]
+    return model.eval()
+
+
+@torch.no_grad()
+def test_under_a_split_the_head_of_the_first_tokens_child_answers_for_a_row():
+    model = labelling("classification")
+    expected = logits_of(model, "a", tokens())
+    found = logits_of(model, Split("a", "b", splits=[5, 5]), tokens())
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_heads_of_tokens_answer_for_their_rows_where_only_some_tokens_are_wanted():
+    model = labelling("tagging")
+    select = torch.tensor([1, 4, 12, 20])
+    for tree in (BatchSplit("a", "b", batch_sizes=[1, 1]), Split("a", "b", splits=[3, 9])):
+        model.set_active(tree)
+        whole = model(tokens(2, 12))
+        assert torch.equal(model(tokens(2, 12), select=select), whole.flatten(0, 1)[select])
