@@ -29,7 +29,7 @@ from launcher_scripts.paths import check_paths
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
 from launcher_scripts.stages import BASES, STAGES, files_of, fill_auto, fill_export
-from launcher_scripts.tuning import check_tuning
+from launcher_scripts.tuning import check_scored, check_tuning
 from launcher_scripts.validate import UNKNOWN, check, fields_of, nearest, shown
 
 # An option of the groups that have no `gpt3/squad`.
@@ -286,9 +286,13 @@ class _Check:
 
     def _methods(self, name: str, plain: Any) -> None:
         model = plain.get("model") if isinstance(plain, dict) else None
-        if STAGES[name].adapts and isinstance(model, dict):
+        if not isinstance(model, dict):
+            return
+        if STAGES[name].adapts:
             shape = self._base_shape(_base_path(model))
             check_tuning(name, model, shape, self.report, self.notices)
+        elif name == "eval":
+            check_scored(model, self._base_shape(_base_path(model)), self.report)
 
     def _inference(self, name: str, plain: Any) -> None:
         """An answer may be as long as it must be."""

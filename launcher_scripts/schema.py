@@ -23,6 +23,7 @@ NonNegative = Annotated[float, Range(0)]
 Path = Annotated[str, FilePath()]
 Checkpoint = Annotated[str, FilePath("a path or a name of the Hub", hub=True)]
 Name = Annotated[str, Form(r"[A-Za-z0-9][\w.@+=-]*", "a name of letters, digits, . _ - + = @")]
+AdapterName = Annotated[str, Form(r"[A-Za-z_][\w-]*", "a name of letters, digits, _ and -")]
 Scalar = str | int | float | bool | None
 
 _MINUTES = r"\d+(:[0-5]?\d){0,2}"
@@ -524,10 +525,45 @@ class SelectiveTuning(Chosen):
 
 
 @keys
+class FusionTuning:
+    """How the fusions of a composition are made; null: as the preset has it."""
+
+    preset: Literal["dynamic", "static"] = "dynamic"
+    key: bool | None = None
+    query: bool | None = None
+    value: bool | None = None
+    query_before_ln: bool | None = None
+    regularization: bool | None = None
+    residual_before: bool | None = None
+    temperature: bool | None = None
+    value_initialized: bool | None = None
+    dropout_prob: Share | None = None
+
+
+@keys
+class AdapterDrop:
+    """Layers, numbered from 0, in which adapters do nothing in training."""
+
+    layers: Count | list[Count] | None = None
+
+
+@keys
+class Frozen:
+    """An adapter of an earlier stage, and what it is called here."""
+
+    name: AdapterName
+    path: Path
+
+
+@keys
 class Peft:
     """Which methods a run trains, in NeMo's names, and a block of settings for each."""
 
     peft_scheme: str | list[str] | None = "adapter"
+    adapter_names: str | list[AdapterName] | None = None
+    adapters: list[Frozen] = field(default_factory=list)
+    composition: str | None = None
+    adapter_drop: AdapterDrop = field(default_factory=AdapterDrop)
     restore_from_path: Path | None = None
     adapter_tuning: AdapterTuning = field(default_factory=AdapterTuning)
     lora_tuning: LoRATuning = field(default_factory=LoRATuning)
@@ -536,6 +572,7 @@ class Peft:
     prompt_tuning: PromptTuning = field(default_factory=PromptTuning)
     prefix_tuning: PrefixTuning = field(default_factory=PrefixTuning)
     selective_tuning: SelectiveTuning = field(default_factory=SelectiveTuning)
+    fusion_tuning: FusionTuning = field(default_factory=FusionTuning)
 
 
 @keys
@@ -694,6 +731,8 @@ class EvalModel:
     head: Literal["question_answering", "auto"] | None = "auto"
     adapters: list[Evaluated] | Literal["auto"] = "auto"
     models: list[Evaluated] | Literal["auto"] = "auto"
+    composition: str | list[str] | None = "auto"
+    skip_layers: list[Count] = field(default_factory=list)
     evaluate_base: bool = True
     task_templates: list[TaskTemplate] | Literal["auto"] = "auto"
     encoder_seq_length: Annotated[int, Range(2)] | Literal["auto"] | None = "auto"

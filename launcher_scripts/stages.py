@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from launcher_scripts.tuning import left_under_composition
+
 Paths = Callable[[DictConfig], list[str]]
 # The keys that name a stage's base: ours, and that of NeMo's PEFT scripts.
 BASES = ("language_model_path", "restore_from_path")
@@ -59,6 +61,7 @@ def _converted(cfg: DictConfig) -> list[str]:
 def _learning_reads(cfg: DictConfig) -> list[str]:
     starts = (*BASES, "restore_path", "peft.restore_from_path", "tokenizer.path")
     data = [path for key in ("train_ds", "validation_ds") for path in _data_files(cfg, key)]
+    data += [str(each["path"]) for each in OmegaConf.select(cfg, "model.peft.adapters") or []]
     return data + _each(cfg.model, *starts) + _each(cfg, "trainer.resume_from_checkpoint")
 
 
@@ -139,6 +142,8 @@ def fill_auto(cfg: DictConfig) -> list[str]:
     model = cfg.eval.model
     learners, lines = _learners(cfg, "eval")
     with open_dict(cfg):
+        composition, own = model.get("composition", "auto"), model.get("adapters", "auto")
+        model.composition = None if composition == "auto" else composition
         if model.get("restore_from_path") and model.get("language_model_path") == "auto":
             model.language_model_path = None
         _fill_base(model, [cfg[name] for name in learners])
@@ -152,7 +157,27 @@ def fill_auto(cfg: DictConfig) -> list[str]:
             if model.get(key, "auto") == "auto":
                 model[key] = [each for each, whole in results if whole == (key == "models")]
                 lines += [line for line in more if line not in lines]
+        if own == "auto" and composition is not None:
+            _fill_composition(cfg, composition == "auto")
     return lines
+
+
+def _fill_composition(cfg: DictConfig, auto: bool) -> None:
+    """Adapters and compositions of `eval` where one of its adapters was trained under one."""
+    adapters: list[Any] = []
+    compositions: list[str] = []
+    composed = False
+    for each in cfg.eval.model.adapters:
+        peft: Any = OmegaConf.select(cfg[each.name], "model.peft")
+        plain: Any = None if peft is None else OmegaConf.to_container(peft, resolve=True)
+        left = left_under_composition(each.name, plain, each.path) if plain is not None else None
+        composed = composed or left is not None
+        adapters += [each] if left is None else left[0]
+        compositions.append(each.name if left is None else left[1])
+    if composed or not auto:
+        cfg.eval.model.adapters = adapters
+    if composed and auto:
+        cfg.eval.model.composition = compositions[0] if len(compositions) == 1 else compositions
 
 
 def fill_export(cfg: DictConfig) -> list[str]:

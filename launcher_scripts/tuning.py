@@ -1,8 +1,9 @@
-"""Checks of `model.peft`: which methods a run trains, and whether their settings fit the base."""
+"""Checks of `model.peft`: what a run trains, under which composition, and if that fits the base."""
 
 from typing import Any
 
 from launcher_scripts.complete import short
+from launcher_scripts.compositions import UNFIT, Tree, blocks_in, names_in, read
 from launcher_scripts.schema import Peft
 from launcher_scripts.shapes import Shape
 from launcher_scripts.validate import Report, closest, default_of, fields_of, shown
@@ -17,6 +18,7 @@ BLOCKS = {
     "prompt": "prompt_tuning",
     "selective": "selective_tuning",
     "qlora": "lora_tuning",
+    "fusion": "fusion_tuning",
     "none": None,
 }
 VIRTUAL = ("ptuning", "prompt")  # schemes that put tokens before each row
@@ -43,6 +45,9 @@ def check_tuning(
         for block in ("adapter_tuning", "ia3_tuning"):
             _layers(f"{key}.{block}", model.get(block), shape, report)
         return
+    drop = peft.get("adapter_drop")
+    layers = drop.get("layers") if isinstance(drop, dict) else None
+    _depth(f"{key}.peft.adapter_drop.layers", layers, shape, report)
     given = peft.get("peft_scheme")
     if not isinstance(given, str | list | None):
         return
@@ -62,6 +67,7 @@ def check_tuning(
     if idle:
         said = ", ".join(short(f"{key}.peft.{block}") for block in idle)
         notices.append(f"{name}: without effect, since peft_scheme is {','.join(names)}: {said}")
+    _composed(f"{key}.peft", peft, names, report)
     _room(key, model, peft, names, report)
 
 
@@ -77,18 +83,131 @@ def _known(key: str, names: list[str], report: Report) -> bool:
         return False
     if len(set(names)) < len(names) or {"lora", "qlora"} <= set(names):
         report(key, f"{','.join(names)} must name each method once, and lora or qlora")
-    elif "none" in names and len(names) > 1:
+        return False
+    if "none" in names and len(names) > 1:
         report(key, f"{','.join(names)}: none trains the whole model and goes with no other method")
+        return False
     return True
+
+
+def _composed(key: str, peft: dict[str, Any], schemes: list[str], report: Report) -> None:
+    """What is trained and what is frozen are the adapters of the composition."""
+    methods = [scheme for scheme in schemes if scheme not in ("fusion", "none")]
+    trained = _trained(f"{key}.adapter_names", peft.get("adapter_names"), methods, report)
+    items = peft.get("adapters")
+    frozen = [str(each.get("name")) for each in items or [] if isinstance(each, dict)]
+    given = peft.get("composition")
+    for name in {name for name in frozen if frozen.count(name) > 1 or name in trained}:
+        report(f"{key}.adapters", f"{name} must name one adapter, and none that is trained here")
+    if schemes == ["none"]:
+        drop = peft.get("adapter_drop")
+        layers = drop.get("layers") if isinstance(drop, dict) else None
+        idle = {"composition": given, "adapters": frozen, "adapter_drop.layers": layers}
+        for name in (name for name, value in idle.items() if value not in (None, [])):
+            report(f"{key}.{name}", "goes with a method; peft_scheme none trains the whole model")
+    elif given is None and "fusion" in schemes and (trained or not frozen):
+        report(f"{key}.composition", 'must say what is fused, such as "Fuse(a, b)"')
+    elif isinstance(given, str):
+        tree = check_composition(f"{key}.composition", given, [*frozen, *trained], report)
+        if tree is not None:
+            _used(f"{key}.composition", tree, trained, "fusion" in schemes, report)
+
+
+def _used(key: str, tree: Tree | str, trained: list[str], fuses: bool, report: Report) -> None:
+    """What is trained has a place in the composition."""
+    used = list(names_in(tree))
+    if idle := [name for name in trained if name not in used]:
+        report(key, f"{tree} leaves out {', '.join(idle)}, which peft_scheme trains")
+    if fuses and "Fuse" not in [each.block for each in blocks_in(tree)]:
+        report(key, f"{tree} has no Fuse, and peft_scheme names fusion")
+
+
+def left_under_composition(
+    stage: str, peft: dict[str, Any], path: str
+) -> tuple[list[dict[str, str]], str] | None:
+    """What a stage leaves that trains under a composition: adapters with their files, and that.
+
+    None where it says nothing of one, or of what is not right.
+    """
+    names = schemes_of(peft.get("peft_scheme"))
+    frozen, given = peft.get("adapters") or [], peft.get("composition")
+    if not (frozen or given or "fusion" in names) or "none" in names:
+        return None
+    methods = [scheme for scheme in names if scheme != "fusion"]
+    trained = _trained("", peft.get("adapter_names"), methods, lambda key, what: None)
+    items = [{"name": str(each["name"]), "path": str(each["path"])} for each in frozen]
+    members = [*(each["name"] for each in items), *trained]
+    block = "Fuse" if "fusion" in names else "Stack"
+    plain = members[0] if len(members) == 1 else f"{block}({', '.join(members)})"
+    items += [{"name": name, "path": path} for name in trained or [stage]]
+    return items, str(given or plain)
+
+
+def _trained(key: str, given: Any, methods: list[str], report: Report) -> list[str]:
+    """The names of what is trained; by default those of the schemes."""
+    if not isinstance(given, str | list):
+        return ["lora" if scheme == "qlora" else scheme for scheme in methods]
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    count = len(names) if len(methods) == 1 else len(methods)
+    if len(names) != count or len(set(names)) < len(names) or not names:
+        what = ", ".join(methods) or "no method"
+        report(
+            key,
+            f"{shown(','.join(map(str, names)))} must be one name for each of {what}, each "
+            "another; of one method there may be several",
+        )
+    return [str(name) for name in names] if methods else []
+
+
+def check_composition(key: str, text: str, known: list[str], report: Report) -> Tree | str | None:
+    """Report what is wrong in a composition of the `known` adapters; None where it is none."""
+    try:
+        tree = read(text)
+    except ValueError as error:
+        report(key, f"{shown(text)}: {error}")
+        return None
+    unknown = list(dict.fromkeys(name for name in names_in(tree) if name not in known))
+    for name in unknown:
+        near = closest(name, known)
+        hint = f"; did you mean {near}?" if near else ""
+        report(key, f"{shown(text)}: {name} is none of {', '.join(known) or 'no adapters'}{hint}")
+    for block in dict.fromkeys(each.block for each in blocks_in(tree) if each.block in UNFIT):
+        report(key, f"{shown(text)}: no {block} in a stage: {UNFIT[block]}")
+    return None if unknown else tree
+
+
+def check_scored(model: dict[str, Any], shape: Shape | None, report: Report) -> None:
+    """Report what is wrong in the compositions of `eval`."""
+    given, items = model.get("composition"), model.get("adapters")
+    _depth("eval.model.skip_layers", model.get("skip_layers"), shape, report)
+    if given in (None, "auto") or not isinstance(items, list):
+        return
+    known = [str(each.get("name")) for each in items if isinstance(each, dict)]
+    for text in given if isinstance(given, list) else [given]:
+        if isinstance(text, str):
+            check_composition("eval.model.composition", text, known, report)
+
+
+def _depth(key: str, layers: Any, shape: Shape | None, report: Report) -> None:
+    """Layers, numbered from 0, that the base does not have; a number: so many of the first."""
+    depth = _layers_of(shape)
+    chosen = layers if isinstance(layers, list) else [layers - 1 if type(layers) is int else None]
+    if depth is None or all(n < depth for n in chosen if isinstance(n, int)):
+        return
+    report(key, f"{shown(layers)} is beyond the model's {depth} layers, 0 to {depth - 1}")
+
+
+def _layers_of(shape: Shape | None) -> int | None:
+    if shape is None or shape.num_layers is None:
+        return None
+    return shape.num_layers + (shape.decoder_num_layers or 0)
 
 
 def _layers(key: str, block: Any, shape: Shape | None, report: Report) -> None:
     chosen = block.get("layer_selection") if isinstance(block, dict) else None
     if not isinstance(chosen, list):
         return
-    depth = None
-    if shape is not None and shape.num_layers is not None:
-        depth = shape.num_layers + (shape.decoder_num_layers or 0)
+    depth = _layers_of(shape)
     beyond = [n for n in chosen if isinstance(n, int) and depth is not None and n > depth]
     if not chosen:
         report(f"{key}.layer_selection", "is empty; null selects all layers")

@@ -73,7 +73,7 @@ def test_a_scheme_is_one_name_or_many(command, value, names):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([f"{SCHEME}=[lora,ia4]"], "qlora, none, joined by commas, not ia4; did you mean ia3?"),
+        ([f"{SCHEME}=[lora,ia4]"], "fusion, none, joined by commas, not ia4; did you mean ia3?"),
         ([f"{SCHEME}=[lora,lora]"], "must name each method once"),
         ([f"{SCHEME}=[lora,qlora]"], "must name each method once, and lora or qlora"),
         ([f"{SCHEME}=[none,lora]"], "goes with no other method"),
@@ -95,7 +95,7 @@ def test_a_wrong_method_is_one_line(command, words, said):
 
 def test_an_unknown_scheme_lists_the_known_ones(command):
     answer = command(PEFT, f"{SCHEME}=houlsby")
-    refused(answer, "adapter, ia3, lora, ptuning, prefix, prompt, selective, qlora, none")
+    refused(answer, "adapter, ia3, lora, ptuning, prefix, prompt, selective, qlora, fusion, none")
 
 
 @pytest.mark.parametrize("stage", ["peft.model.peft.adapter_tuning", "peft.model.peft.ia3_tuning"])

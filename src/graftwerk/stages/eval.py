@@ -370,7 +370,7 @@ def show(results: list[dict[str, Any]], total: int, questions: Questions) -> Non
     """One row for the base and each adapter."""
     table = Table(title=f"{total} questions", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.collapse_padding = True  # eight columns in the 80 characters of a log
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=22)  # compositions are long
     for column in ("exact\nmatch", "F1", "trained", "share", "training", "file", "answers"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:

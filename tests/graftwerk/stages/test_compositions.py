@@ -168,6 +168,27 @@ def test_a_fusion_and_an_adapter_behind_it_learn_together(peft, files, monkeypat
     assert [f.name for f in file.fusions] == ["a,b"]
 
 
+def test_on_a_bert_a_fusion_answers_with_the_last_adapters_head(peft, tmp_path, monkeypatch):
+    base = save_tiny("bert", tmp_path / "bert")
+    model = load_base(base, head="question_answering")
+    for seed, name in enumerate("ab"):
+        model.add_adapter(name, BOTTLENECK)
+        for _, _, part in model.parts(name):
+            shake(part, seed)
+        shake(model.head_of(name), seed)
+        save_adapter(model, name, tmp_path / name)
+    peft = as_family(peft, base, tmp_path, 2)
+    peft = wants(
+        peft, peft_scheme="fusion", adapters=listed({n: str(tmp_path / n) for n in "ab"}, "ab")
+    )
+    peft.model.nemo_path = str(tmp_path / "fused")
+    trained, before = learned(peft, monkeypatch)
+    assert moved(trained, before) == {n for n in before if ".fusion_layer.a,b." in n}
+    tokens = torch.arange(4, 12)[None]
+    heads = {name: trained.head_of(name) for name in "ab"}
+    assert torch.equal(trained(tokens)[0], heads["b"].head(trained.hidden_states(tokens))[0, :, 0])
+
+
 def test_the_regularisation_is_part_of_the_loss_once_a_step(peft, files):
     """Two micro-batches, and a value matrix that is far from the identity."""
     peft.trainer.max_steps = 1
