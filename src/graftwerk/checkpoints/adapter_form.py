@@ -99,7 +99,7 @@ def apart(path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]) -> 
     if "adapters" not in settings:
         ((name, config),) = told
         return AdapterFile([SavedAdapter(name, config, state)], extra)
-    fusions = _fusions(path, settings)
+    fusions = listed_fusions(path, settings)
     shares: dict[str, dict[str, Tensor]] = {name: {} for name, _ in told}
     shares |= {f"{FUSION}{name}": {} for name in fusions}
     for key, tensor in state.items():
@@ -114,8 +114,12 @@ def apart(path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]) -> 
     )
 
 
-def _fusions(path: Path, settings: Mapping[str, Any]) -> dict[str, FusionConfig]:
-    """The configurations of a file's fusions by name."""
+def listed_fusions(path: Path, settings: Mapping[str, Any]) -> dict[str, FusionConfig]:
+    """The configuration of each fusion in a file's settings, by name.
+
+    Raises:
+        UserError: where a name is missing, or a value cannot be used.
+    """
     told: Any = settings.get("fusions", [])
     found: dict[str, FusionConfig] = {}
     for each in told if isinstance(told, list) else [None]:

@@ -15,7 +15,7 @@ from graftwerk.checkpoints import peft
 from graftwerk.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from graftwerk.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from graftwerk.checkpoints.adapter import form_of
-from graftwerk.checkpoints.adapter_form import FORMAT, listed
+from graftwerk.checkpoints.adapter_form import FORMAT, listed, listed_fusions
 from graftwerk.checkpoints.adapter_nemo import is_own_form, peft_section
 from graftwerk.checkpoints.adapterhub_files import ADAPTER as HUB_ADAPTER
 from graftwerk.checkpoints.adapterhub_files import is_adapterhub, read_adapterhub
@@ -248,7 +248,7 @@ def _adapter(path: Path, settings: dict[str, Any]) -> Report:
 def _told(
     path: Path, settings: dict[str, Any], ours: bool
 ) -> tuple[str, dict[str, Any], str | None]:
-    """The methods, their settings and the base; of several adapters the settings by name."""
+    """The methods, their settings and the base; of several adapters and fusions by name."""
     section = settings if ours else settings.get(FORMAT)
     if not isinstance(section, dict):  # NeMo's own
         peft = peft_section(settings) or {}
@@ -260,9 +260,12 @@ def _told(
         name: {key: value for key, value in config.items() if key != "method"}
         for name, config in adapters
     }
-    methods = ", ".join(config["method"] for _, config in adapters)
+    methods = [config["method"] for _, config in adapters]
+    for name, fusion in listed_fusions(path, section).items():
+        values[name] = asdict(fusion)
+        methods.append(type(fusion).__name__)
     return (
-        methods,
+        ", ".join(methods),
         {**(next(iter(values.values())) if len(values) == 1 else values), **beside},
         (base),
     )

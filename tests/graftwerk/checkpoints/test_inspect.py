@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from graftwerk.__main__ import guarded
-from graftwerk.adapters import BottleneckConfig
-from graftwerk.checkpoints import save_adapter, save_base
+from graftwerk.adapters import BottleneckConfig, FusionConfig
+from graftwerk.checkpoints import save_adapter, save_adapters, save_base
 from graftwerk.checkpoints.inspect import inspect
 from graftwerk.checkpoints.tensors import SafeTensors
 from graftwerk.checkpoints.torch_files import TorchSource
@@ -97,6 +97,18 @@ def test_an_adapter_of_ours(tmp_path, name):
     assert report.base == "/the/base"
     assert report.parameters == sum(t.numel() for t in model.adapter_state("mine").values())
     assert report.dtypes == {"float32": report.parameters}
+
+
+def test_a_fusion_is_named_beside_adapters(tmp_path):
+    model = tiny_gpt()
+    for name in "ab":
+        model.add_adapter(name, BottleneckConfig(dim=4))
+    model.add_fusion("a,b", FusionConfig(temperature=True))
+    save_adapters(model, ["a"], tmp_path / "both", fusions=["a,b"])
+    report = inspect(tmp_path / "both")
+    assert report.method == "BottleneckConfig, FusionConfig"
+    assert report.settings["a"]["dim"] == 4
+    assert report.settings["a,b"]["temperature"] is True
 
 
 def test_an_adapter_of_nemo(tmp_path):
