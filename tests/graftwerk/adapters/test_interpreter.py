@@ -268,7 +268,7 @@ def compositions(draw) -> Tree:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(tree=compositions(), skip_layers=st.sampled_from([(), (), (), (0,), (1,), (0, 2), (3,)]))
 def test_a_random_composition_is_what_the_interpreter_makes_of_it(shape, tree, skip_layers):
     assume(fits(tree))
