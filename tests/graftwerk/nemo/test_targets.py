@@ -102,6 +102,19 @@ def test_the_package_is_light_until_a_name_is_asked_for():
     )
 
 
+def test_modules_of_the_package_need_no_import_of_their_own():
+    script = (
+        "import graftwerk.nemo as nemo; "
+        "assert nemo.adapter_mixins.AdapterModuleMixin is nemo.AdapterModuleMixin; "
+        "assert nemo.adapter_modules.AdapterModuleUtil is nemo.AdapterModuleUtil; "
+        "strategies = nemo.adapter_mixin_strategies; "
+        "assert strategies.AbstractAdapterStrategy is nemo.AbstractAdapterStrategy"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(SRC)}, check=True
+    )
+
+
 def test_the_package_offers_the_names_of_its_surface():
     assert issubclass(Bare, ModelPT)
     assert issubclass(Bare, AdapterModelPTMixin)
