@@ -1,7 +1,7 @@
 """NeMo's documented Python surface over this engine.
 
-`from graftwerk.nemo import adapter_mixins, adapter_modules`; each module and name is imported when it
-is first asked for.
+`from graftwerk.nemo import adapter_mixins, adapter_modules`; each module and name is imported when
+it is first asked for.
 """
 
 import importlib
