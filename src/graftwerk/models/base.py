@@ -1,6 +1,8 @@
 """What all models share: embeddings, the output layer, and the context of a decoder's pass."""
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,27 @@ from graftwerk.models.layers import Context, Embedding
 from graftwerk.models.positions import rotary_angles, visibility
 
 
+@dataclass
+class Start:
+    """A pass through a stack of layers, before its first: what the embedding is given, and the
+    layers' context.
+
+    `columns` of the tokens [B, S] are virtual, in front; they leave when the layers are through.
+    `told` is what the embedding's slots are told.
+    """
+
+    tokens: Tensor
+    context: Context
+    columns: int = 0
+    types: Tensor | None = None
+    told: Flow | None = None
+
+    def own(self, x: Tensor, context: Context) -> tuple[Tensor, Flow]:
+        """What came out of the last layer, of the row's own tokens, and what slots are told."""
+        flow = context.flow
+        return x[:, self.columns :], replace(flow, offset=flow.offset + self.columns)
+
+
 class Transformer(AdapterModel):
     """A model with slots, an embedding and maybe an output layer."""
 
@@ -25,6 +48,12 @@ class Transformer(AdapterModel):
             config.decoder_num_layers if config.architecture == "t5" else 0
         )
         self.lm_input = Slot(Site("lm_input", layers, config.hidden_size, config.hidden_size))
+
+    def embed(self, start: Start) -> Tensor:
+        """What goes into a stack's first layer, [B, S, h]."""
+        flow = start.context.flow if start.told is None else start.told
+        positions = start.context.positions
+        return self.embedding(start.tokens, positions, flow, start.types, start.columns)
 
     def add_output_layer(self) -> None:
         """Gives the model its own output weights, or the bias beside tied ones, if it has them."""
@@ -45,6 +74,13 @@ class Transformer(AdapterModel):
         """The vocabulary projection alone, of scaled states: [..., h] -> [..., V]."""
         weight = self.embedding.word_embeddings.weight
         return F.linear(x, weight) if self.output_layer is None else self.output_layer(x, weight)
+
+    def answer(self, x: Tensor, flow: Flow, select: Tensor | None) -> Tensor:
+        """A decoder's states behind its last layer [B, S, h] -> logits, as `forward` gives them."""
+        decoder: Any = self.decoder
+        if self.reads_words(flow):
+            return self.words(self.word_states(decoder.finish(x), flow, select))
+        return self.logits(decoder.finish(self.selected(x, select)))
 
     def word_states(self, x: Tensor, flow: Flow, select: Tensor | None = None) -> Tensor:
         """States behind the last norm [B, S, h] as the vocabulary projection reads them."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.slots import Flow, Record
-from graftwerk.models.base import Transformer, with_virtual
+from graftwerk.models.base import Start, Transformer, with_virtual
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import ACTIVATIONS, Context, Layers, make_norm
 from graftwerk.models.positions import same_document
@@ -55,8 +55,16 @@ class BERT(Transformer):
             scores of all rows, then end scores; -inf at padding. n times as many rows under a
             `Parallel` of n.
         """
-        x, flow = self._run(tokens, positions, documents, token_types, task_ids, record)
-        x = x[:, self.virtual_tokens :]
+        how = {"task_ids": task_ids, "record": record}
+        start = self.begin(tokens, positions, documents, token_types, **how)
+        x, flow = self._run(start)
+        return self.answer(x[:, start.columns :], flow, select, documents)
+
+    def answer(
+        self, x: Tensor, flow: Flow, select: Tensor | None, documents: Tensor | None = None
+    ) -> Tensor:
+        """States behind the last norm [B, S, h] -> what the head makes of them, as `forward` gives
+        it."""
         kind = self.config.head
         if kind == "classification":
             return self._answer(self.pooled(x), flow)
@@ -100,18 +108,22 @@ class BERT(Transformer):
 
         `prompts`: with the columns of active prompts in front, [B, v + S, h].
         """
-        x, _ = self._run(tokens, positions, documents, token_types, task_ids, record)
-        return x if prompts else x[:, self.virtual_tokens :]
+        how = {"task_ids": task_ids, "record": record}
+        start = self.begin(tokens, positions, documents, token_types, **how)
+        x, _ = self._run(start)
+        return x if prompts else x[:, start.columns :]
 
-    def _run(
+    def begin(
         self,
         tokens: Tensor,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        token_types: Tensor | None,
-        task_ids: Tensor | None,
-        record: Record | None,
-    ) -> tuple[Tensor, Flow]:
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        token_types: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Start:
+        """A pass before its first layer; arguments as in `forward`."""
         plan = self.plan
         virtual = plan.virtual_tokens
         if virtual or plan.shift:
@@ -128,8 +140,12 @@ class BERT(Transformer):
             tokens = tokens.repeat(plan.width, 1)
             token_types = None if token_types is None else token_types.repeat(plan.width, 1)
             context = context.widened(plan.width)
-        x = self.embedding(tokens, context.positions, context.flow, token_types, virtual)
-        x, context = self.encoder(x, context, plan.width, plan.widen_at)
+        return Start(tokens, context, virtual, token_types)
+
+    def _run(self, start: Start) -> tuple[Tensor, Flow]:
+        """States behind the last norm, with the columns of prompts, and what slots are told."""
+        plan = self.plan
+        x, context = self.encoder(self.embed(start), start.context, plan.width, plan.widen_at)
         return self.encoder.finish(x), replace(context.flow, offset=0)
 
     def pooled(self, x: Tensor) -> Tensor:

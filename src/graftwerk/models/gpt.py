@@ -1,11 +1,9 @@
 """The decoder-only model: GPT-2, LLaMA and their kin by `TransformerConfig` alone."""
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from graftwerk.adapters.slots import Flow, Record
-from graftwerk.models.base import Transformer, decoder_context, with_virtual
+from graftwerk.models.base import Start, Transformer, decoder_context, with_virtual
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Layers
@@ -47,10 +45,9 @@ class GPT(Transformer):
             [B, S, V], or [N, V] under `select`. Under an active `Parallel` of n children the batch
             is n*B rows, child after child, and `select` holds for each child: n*N rows.
         """
-        x, flow = self._run(tokens, positions, end, cache, task_ids, record)
-        if self.reads_words(flow):
-            return self.words(self.word_states(self.decoder.finish(x), flow, select))
-        return self.logits(self.decoder.finish(self.selected(x, select)))
+        start = self.begin(tokens, positions, end, cache, task_ids=task_ids, record=record)
+        x, flow = self._run(start)
+        return self.answer(x, flow, select)
 
     def hidden_states(
         self,
@@ -62,30 +59,33 @@ class GPT(Transformer):
         record: Record | None = None,
     ) -> Tensor:
         """[B, S, h] behind the last norm; arguments as in `forward`."""
-        x, _ = self._run(tokens, positions, end, None, task_ids, record)
-        return self.decoder.finish(x)
+        start = self.begin(tokens, positions, end, task_ids=task_ids, record=record)
+        return self.decoder.finish(self._run(start)[0])
 
-    def _run(
+    def begin(
         self,
         tokens: Tensor,
-        positions: Tensor | None,
-        end: Tensor | None,
-        cache: KeyValueCache | None,
-        task_ids: Tensor | None,
-        record: Record | None,
-    ) -> tuple[Tensor, Flow]:
-        """States of the row's own tokens behind the last layer, and what slots were told."""
+        positions: Tensor | None = None,
+        end: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Start:
+        """A pass before its first layer; arguments as in `forward`."""
         plan, held = self.plan, cache.length if cache is not None else 0
         virtual = plan.virtual_tokens
         if virtual or plan.shift:
             arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
             tokens, positions, end, _ = arguments
-        columns = 0 if held else virtual
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
         context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             context = context.widened(plan.width)
-        x = self.embedding(tokens, context.positions, context.flow, virtual=columns)
-        x, context = self.decoder(x, context, plan.width, plan.widen_at)
-        return x[:, columns:], replace(context.flow, offset=context.flow.offset + columns)
+        return Start(tokens, context, 0 if held else virtual)
+
+    def _run(self, start: Start) -> tuple[Tensor, Flow]:
+        plan = self.plan
+        x, context = self.decoder(self.embed(start), start.context, plan.width, plan.widen_at)
+        return start.own(x, context)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graftwerk.adapters.slots import Flow, Record
-from graftwerk.models.base import Transformer, decoder_context
+from graftwerk.models.base import Start, Transformer, decoder_context
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Context, Layers
@@ -62,12 +62,14 @@ class T5(Transformer):
         Returns:
             [B, S, V], or [N, V] under `select`; n times as many rows under a `Parallel` of n.
         """
-        x, flow = self._run(
-            tokens, positions, end, cache, source, source_documents, task_ids, record
-        )
-        if self.reads_words(flow):
-            return self.words(self.word_states(self.decoder.finish(x), flow, select))
-        return self.logits(self.decoder.finish(self.selected(x, select)))
+        how = {"task_ids": task_ids, "record": record}
+        states = None
+        if source is not None:
+            rows = None if cache is None else cache.rows
+            states = self._encode(self.begin_source(source, source_documents, rows, **how))
+        start = self.begin(tokens, positions, end, cache, states, source_documents, **how)
+        x, flow = self._run(start)
+        return self.answer(x, flow, select)
 
     def hidden_states(
         self,
@@ -81,29 +83,35 @@ class T5(Transformer):
         record: Record | None = None,
     ) -> Tensor:
         """[B, S, h] of the decoder behind the last norm; arguments as in `forward`."""
-        x, _ = self._run(tokens, positions, end, None, source, source_documents, task_ids, record)
-        return self.decoder.finish(x)
+        how = {"task_ids": task_ids, "record": record}
+        states = None
+        if source is not None:
+            states = self.encode(source, source_documents, **how)
+        start = self.begin(tokens, positions, end, None, states, source_documents, **how)
+        return self.decoder.finish(self._run(start)[0])
 
-    def _run(
+    def begin(
         self,
         tokens: Tensor,
-        positions: Tensor | None,
-        end: Tensor | None,
-        cache: KeyValueCache | None,
-        source: Tensor | None,
-        source_documents: Tensor | None,
-        task_ids: Tensor | None,
-        record: Record | None,
-    ) -> tuple[Tensor, Flow]:
-        """The decoder's states behind its last layer, and what slots were told."""
+        positions: Tensor | None = None,
+        end: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        states: Tensor | None = None,
+        source_documents: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Start:
+        """The decoder's pass before its first layer; `states` are the encoder's, [B, E, h].
+
+        The other arguments are those of `forward`.
+        """
         plan, held = self.plan, cache.length if cache is not None else 0
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
         rows = cache.rows if cache is not None else None
         context.flow = self.flow(task_ids, record, rows, held)
         context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens)
-        wide = plan.widen_at is not None and plan.widen_at < self.config.num_layers
-        if source is not None:
-            context.states = self._encode(source, source_documents, context.source_flow)
+        if states is not None:
             if source_documents is not None:
                 seen = F.pad(source_documents == 0, (plan.virtual_tokens, 0), value=True)
                 context.states_mask = seen[:, None, None]
@@ -111,15 +119,18 @@ class T5(Transformer):
                 cache.cross_mask = context.states_mask
         elif cache is not None:
             context.states_mask = cache.cross_mask
-        if wide:  # the encoder has repeated the batch already
-            tokens = tokens.repeat(plan.width, 1)
-            states, context.states = context.states, None
+        if plan.widen_at is not None and plan.widen_at < self.config.num_layers:
+            tokens = tokens.repeat(plan.width, 1)  # the encoder has repeated the batch already
             context = context.widened(plan.width)
-            context.states = states
+        context.states = states
         self._add_relative_scores(context, tokens.shape[1])
-        x = self.embedding(tokens, context.positions, Flow())  # its slots are the encoder's
-        x, context = self.decoder(x, context, plan.width, plan.widen_at)
-        return x, context.flow
+        return Start(tokens, context, told=Flow())  # the embedding's slots are the encoder's
+
+    def _run(self, start: Start) -> tuple[Tensor, Flow]:
+        """The decoder's states behind its last layer, and what slots are told then."""
+        plan = self.plan
+        x, context = self.decoder(self.embed(start), start.context, plan.width, plan.widen_at)
+        return start.own(x, context)
 
     def encode(
         self,
@@ -134,15 +145,32 @@ class T5(Transformer):
         Those of active prompts come first: v + E states. Under a `Parallel` that begins in the
         encoder they are n*B rows.
         """
-        flow = self.flow(task_ids, record, offset=-self.virtual_tokens)
-        return self._encode(source, documents, flow)
+        start = self.begin_source(source, documents, task_ids=task_ids, record=record)
+        return self._encode(start)
 
-    def _encode(self, source: Tensor, documents: Tensor | None, flow: Flow) -> Tensor:
+    def _encode(self, start: Start) -> Tensor:
+        plan = self.plan
+        x, _ = self.encoder(self.embed(start), start.context, plan.width, plan.widen_at)
+        return self.encoder.finish(x)
+
+    def begin_source(
+        self,
+        source: Tensor,
+        documents: Tensor | None = None,
+        rows: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Start:
+        """The encoder's pass before its first layer; arguments as in `encode`.
+
+        `rows` [B]: the rows' numbers, where some have left the batch.
+        """
         plan = self.plan
         virtual = plan.virtual_tokens
         source = F.pad(source, (virtual, 0))
         positions = torch.arange(source.shape[1], device=source.device)[None]
-        context = Context(positions, flow=flow)
+        context = Context(positions, flow=self.flow(task_ids, record, rows, -virtual))
         if documents is not None:
             context.documents = documents
             context.mask = same_document(documents, virtual)
@@ -152,9 +180,7 @@ class T5(Transformer):
         if plan.widen_at == -1:
             source = source.repeat(plan.width, 1)
             context = context.widened(plan.width)
-        x = self.embedding(source, context.positions, context.flow, virtual=virtual)
-        x, _ = self.encoder(x, context, plan.width, plan.widen_at)
-        return self.encoder.finish(x)
+        return Start(source, context, virtual)
 
     def _add_relative_scores(self, context: Context, new: int) -> None:
         relative = self.decoder.relative_position
