@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from graftwerk.adapters.kinds import field_kinds, fits, words_for
 from graftwerk.adapters.methods.bn import BnConfig
 from graftwerk.adapters.methods.bottleneck import BottleneckConfig
 from graftwerk.adapters.methods.hub_lora import HubLoRAConfig, HubMTLLoRAConfig
@@ -132,7 +133,13 @@ SPELLINGS = {
     "dropout": "adapter_dropout",
     "parameters": "tunable_base_param_names",
 }
-ADAPTER_TYPES = ("parallel_adapter", "linear_adapter")
+# Fields that mean nothing to a scheme's block: no layer, nothing to share, no tokenizer for a text.
+_NO_LAYERS = {"layer_selection", "leave_out", "weight_tying", "position_embedding_strategy"}
+WITHOUT = {
+    "ptuning": _NO_LAYERS,
+    "prompt": {*_NO_LAYERS, "prompt_init", "prompt_init_text"},
+    "selective": {"weight_tying", "position_embedding_strategy"},
+}
 
 MethodConfig = MethodSettings
 
@@ -220,16 +227,17 @@ def method_of(
         UserError: for keys and values that the method does not know.
     """
     method, name = SCHEMES[scheme]
-    keys = {SPELLINGS.get(field.name, field.name): field.name for field in fields(method)}
+    own = [field.name for field in fields(method) if field.name not in WITHOUT.get(scheme, ())]
+    keys = {SPELLINGS.get(field, field): field for field in own}
+    kinds = field_kinds(method)
     given = {key: value for key, value in (block or {}).items() if value is not None}
-    for key in given:
+    for key, value in given.items():
         if key not in keys:
             raise UserError(f"{section}.{name}.{key} is not known: use one of {', '.join(keys)}")
-    values = {keys[key]: tuple(v) if _is_list(v) else v for key, v in given.items()}
-    if scheme == "adapter" and values.get("type", ADAPTER_TYPES[0]) not in ADAPTER_TYPES:
-        raise UserError(
-            f"{section}.{name}.type={values['type']!r}: use one of {', '.join(ADAPTER_TYPES)}"
-        )
+        value = given[key] = tuple(value) if _is_list(value) else value
+        if not fits(value, kind := kinds[keys[key]]):
+            raise UserError(f"{section}.{name}.{key}={value!r} must be {words_for(kind)}")
+    values = {keys[key]: value for key, value in given.items()}
     if scheme == "selective":
         values["parameters"] = tuple(
             p for name in values.get("parameters", ()) for p in _parts(name)

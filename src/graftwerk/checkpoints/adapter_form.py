@@ -15,8 +15,8 @@ from torch import Tensor
 from graftwerk.adapters import configs
 from graftwerk.adapters.configs import METHODS, MethodConfig, UnionConfig
 from graftwerk.adapters.fusion import FusionConfig
+from graftwerk.adapters.kinds import field_kinds, fits, words_for
 from graftwerk.adapters.model import AdapterModel
-from graftwerk.checkpoints.kinds import field_kinds, fits, words_for
 from graftwerk.errors import UserError
 
 FORMAT = "graftwerk"

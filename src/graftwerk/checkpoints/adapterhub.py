@@ -11,6 +11,7 @@ from torch import Tensor
 from graftwerk.adapters.composition import Composition, fusions, names
 from graftwerk.adapters.configs import MethodConfig, UnionConfig
 from graftwerk.adapters.fusion import FusionConfig
+from graftwerk.adapters.kinds import field_kinds, fits, words_for
 from graftwerk.adapters.methods.reft import ReftConfig, orthonormal, with_base
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.slots import Site
@@ -38,7 +39,6 @@ from graftwerk.checkpoints.adapterhub_files import (
 )
 from graftwerk.checkpoints.adapterhub_names import form_of, fusion_table, model_type_of, split_key
 from graftwerk.checkpoints.huggingface import FAMILIES as HUGGING_FACE
-from graftwerk.checkpoints.kinds import field_kinds, fits, words_for
 from graftwerk.errors import UserError
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from graftwerk.adapters.configs import MethodConfig, UnionConfig
+from graftwerk.adapters.kinds import field_kinds, fits, words_for
 from graftwerk.adapters.methods.bn import BnConfig
 from graftwerk.adapters.methods.hub_lora import HubLoRAConfig, HubMTLLoRAConfig
 from graftwerk.adapters.methods.prefix import PrefixTuningConfig
@@ -18,7 +19,6 @@ from graftwerk.adapters.methods.reft import ReftConfig
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.part import MethodSettings
 from graftwerk.checkpoints.adapterhub_names import form_of, model_type_of
-from graftwerk.checkpoints.kinds import field_kinds, fits, words_for
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from graftwerk.adapters.configs import IA3Config, LoRAConfig, MethodConfig, UnionConfig
+from graftwerk.adapters.kinds import fits, words_for
 from graftwerk.adapters.methods.hub_lora import HubIA3, HubLoRA
 from graftwerk.adapters.methods.ia3 import PLACES, Scale
 from graftwerk.adapters.methods.lora import SLOTS, DoRA, LoRA
 from graftwerk.adapters.part import Part
-from graftwerk.checkpoints.kinds import fits, words_for
 from graftwerk.checkpoints.peft_modules import PREFIX, Module, Modules
 from graftwerk.errors import UserError
 

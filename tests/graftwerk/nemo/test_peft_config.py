@@ -1,5 +1,7 @@
 """PEFT configuration classes: one place of defaults, NeMo's key names, clear refusals."""
 
+from typing import Any
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -18,6 +20,7 @@ from graftwerk.nemo import (
     PEFT_CONFIG_MAP,
     CanonicalAdaptersPEFTConfig,
     LoraPEFTConfig,
+    PrefixTuningPEFTConfig,
     PtuningPEFTConfig,
     QLoraPEFTConfig,
     SelectivePEFTConfig,
@@ -87,3 +90,59 @@ def test_qloras_adapter_is_a_lora() -> None:
 def test_an_unknown_key_of_a_block_is_named() -> None:
     with pytest.raises(UserError, match=r"model\.peft\.lora_tuning\.lora_dim is not known"):
         LoraPEFTConfig({"peft": {"lora_tuning": {"lora_dim": 8}}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "said"),
+    [
+        (LoraPEFTConfig, {"lora_tuning": {"adapter_dim": "8"}}, "adapter_dim='8' must be a whole"),
+        (
+            LoraPEFTConfig,
+            {"lora_tuning": {"adapter_dim": True}},
+            "adapter_dim=True must be a whole",
+        ),
+        (LoraPEFTConfig, {"lora_tuning": {"alpha": [8]}}, r"alpha=\(8,\) must be a number"),
+        (LoraPEFTConfig, {"lora_tuning": {"alpha": float("nan")}}, "alpha=nan must be a number"),
+        (
+            LoraPEFTConfig,
+            {"lora_tuning": {"target_modules": "all"}},
+            r"target_modules='all' must be a list \(text each\)",
+        ),
+        (
+            CanonicalAdaptersPEFTConfig,
+            {"adapter_tuning": {"type": "mlp_adapter"}},
+            "must be 'parallel_adapter' or 'linear_adapter'",
+        ),
+        (
+            SelectivePEFTConfig,
+            {"selective_tuning": {"tunable_base_param_names": "mlp"}},
+            "tunable_base_param_names='mlp' must be a list",
+        ),
+        (PtuningPEFTConfig, {"p_tuning": {"embedding_dim": -1}}, "embedding_dim=-1: at least 1"),
+        (
+            PtuningPEFTConfig,
+            {"p_tuning": {"init_std": -0.1}},
+            "init_std=-0.1: must not be negative",
+        ),
+        (PrefixTuningPEFTConfig, {"prefix_tuning": {"bottleneck_dim": 0}}, "bottleneck_dim=0: at"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_or_size_is_named(kind: Any, block: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        kind({"peft": block})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "block", "key"),
+    [
+        ("ptuning", "p_tuning", "layer_selection"),
+        ("prompt", "prompt_tuning", "weight_tying"),
+        ("prompt", "prompt_tuning", "prompt_init_text"),
+        ("selective", "selective_tuning", "weight_tying"),
+    ],
+)
+def test_a_key_that_a_method_has_no_use_for_is_not_known(scheme: str, block: str, key: str) -> None:
+    kind = PEFT_CONFIG_MAP[scheme]
+    assert kind is not None
+    with pytest.raises(UserError, match=rf"model\.peft\.{block}\.{key} is not known"):
+        kind({"peft": {block: {key: [1]}}})

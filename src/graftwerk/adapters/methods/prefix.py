@@ -58,10 +58,13 @@ class PrefixTuningConfig(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prefix_length < 1:
-            raise UserError(f"{KEY}prefix_length={self.prefix_length}: at least 1")
+        for key in ("prefix_length", "bottleneck_dim"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{KEY}{key}={getattr(self, key)}: at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"{KEY}dropout={self.dropout}: must be from 0 up to below 1")
+        if self.init_std < 0:
+            raise UserError(f"{KEY}init_std={self.init_std}: must not be negative")
         if self.relative_positions not in ("none", "keys", "both"):
             raise UserError(
                 f"{KEY}relative_positions={self.relative_positions!r}: use none, keys or both"

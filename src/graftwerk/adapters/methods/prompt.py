@@ -49,7 +49,7 @@ class PromptTuningConfig(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_prompt(self.virtual_tokens, self.place)
+        _check_prompt(self.virtual_tokens, self.init_std, self.place)
         inits = ("normal", "random_uniform", "from_string")
         if self.prompt_init not in inits:
             raise UserError(f"prompt_init={self.prompt_init!r}: use one of {', '.join(inits)}")
@@ -96,7 +96,10 @@ class PTuningConfig(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_prompt(self.virtual_tokens, self.place)
+        _check_prompt(self.virtual_tokens, self.init_std, self.place)
+        for key in ("embedding_dim", "bottleneck_dim"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.p_tuning.{key}={getattr(self, key)}: at least 1")
         encoders = ("mlp", "lstm", "peft_mlp", "peft_lstm")
         if self.encoder not in encoders:
             raise UserError(
@@ -116,9 +119,11 @@ class PTuningConfig(MethodSettings):
         return PTuning(site.out_features, self) if site.name == self.place else None
 
 
-def _check_prompt(count: int, place: str) -> None:
+def _check_prompt(count: int, std: float, place: str) -> None:
     if count < 1:
         raise UserError(f"model.peft.virtual_tokens={count}: must be at least 1")
+    if std < 0:
+        raise UserError(f"init_std={std}: must not be negative")
     if place not in PLACES:
         raise UserError(f"place={place!r}: use one of {', '.join(PLACES)}")
 

@@ -1,4 +1,4 @@
-"""Whether values from strangers' settings are of the kind that a field's annotation names."""
+"""Whether plain values, of files and configurations, are of the kind that an annotation names."""
 
 import math
 from collections.abc import Mapping
