@@ -55,6 +55,8 @@ class Job:
     container: str | None = None
     mounts: tuple[str, ...] = ()
     wandb_key_file: Path | None = None
+    max_requeues: int = 0  # how often a cluster may start it anew after a signal or a lost node
+    signal_seconds: int = 0  # before the time limit it is told to checkpoint; 0: never
 
     @property
     def python_path(self) -> str:
@@ -113,6 +115,8 @@ def build(cfg: DictConfig, stage: str, python: str, prefix: str = "") -> Job:
         container=_text(cfg.get("container")),
         mounts=_mounts([root, *data_and_results, results_dir], cfg.get("container_mounts")),
         wandb_key_file=_path(key_file) if (key_file := cfg.get("wandb_api_key_file")) else None,
+        max_requeues=int(part.run.get("max_requeues") or 0),
+        signal_seconds=int(part.run.get("signal_seconds") or 0),
     )
 
 

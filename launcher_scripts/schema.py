@@ -81,11 +81,19 @@ class Run:
     results_dir: Path
     time_limit: TimeLimit | None = "04:00:00"
     dependency: Dependency | None = "singleton"
+    max_requeues: Count = 10  # how often a signal or a lost node may start the job anew
     # Parts that names and paths are put together from.
     task_name: str | None = None
     model_train_name: str | None = None
     convert_name: str | None = None
     convert_dir: Path | None = None
+
+
+@keys
+class LearningRun(Run):
+    """A stage that checkpoints and goes on."""
+
+    signal_seconds: Annotated[int, Range(0, 65535)] = 120  # before the time limit; 0: none
 
 
 @keys
@@ -648,7 +656,7 @@ class TrainingModel(_Learned):
 
 @keys
 class TrainingStage:
-    run: Run
+    run: LearningRun
     model: TrainingModel
     trainer: Trainer = field(default_factory=Trainer)
     exp_manager: ExpManager = field(default_factory=ExpManager)
@@ -656,7 +664,7 @@ class TrainingStage:
 
 @keys
 class FineTuningStage:
-    run: Run
+    run: LearningRun
     model: FineTuningModel
     trainer: Trainer = field(default_factory=Trainer)
     exp_manager: ExpManager = field(default_factory=ExpManager)
@@ -664,7 +672,7 @@ class FineTuningStage:
 
 @keys
 class PeftStage:
-    run: Run
+    run: LearningRun
     model: PeftModel
     trainer: Trainer = field(default_factory=Trainer)
     exp_manager: ExpManager = field(default_factory=ExpManager)
@@ -672,7 +680,7 @@ class PeftStage:
 
 @keys
 class AdapterStage:
-    run: Run
+    run: LearningRun
     model: AdapterModel
     trainer: Trainer = field(default_factory=Trainer)
     exp_manager: ExpManager = field(default_factory=ExpManager)
@@ -680,7 +688,7 @@ class AdapterStage:
 
 @keys
 class IA3Stage:
-    run: Run
+    run: LearningRun
     model: IA3Model
     trainer: Trainer = field(default_factory=Trainer)
     exp_manager: ExpManager = field(default_factory=ExpManager)
@@ -795,6 +803,9 @@ class Bcm(Local):
 
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
     exclusive: bool = True
     gpus_per_task: Positive | None = None
     gpus_per_node: Positive | None = None

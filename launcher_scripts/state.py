@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher_scripts.job import Job
 
-ENDED = ("COMPLETED", "FAILED")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 def now() -> str:
@@ -47,6 +47,7 @@ def submitted(job: Job) -> dict[str, Any]:
         "submitted": now(),
         "started": None,
         "ended": None,
+        "requeues": 0,
     }
     write_atomically(job.state_file, _line(state))
     return state

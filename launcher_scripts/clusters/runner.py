@@ -17,7 +17,8 @@ from launcher_scripts.job import Job
 CONTROL = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f]"
 )
-PATIENCE = 30  # seconds between asking a script to end and ending it
+PATIENCE = 10  # seconds that a script has for itself, besides those for its processes
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # the processes checkpoint and end, and so does the job
 
 
 def run_chain(jobs: list[Job]) -> int:
@@ -25,7 +26,7 @@ def run_chain(jobs: list[Job]) -> int:
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.stage}: {job.name}", flush=True)
         state.submitted(job)
-        code = run_script(job)
+        code = run_script(job, max(job.signal_seconds, 20) + PATIENCE)
         if code:
             state.failed(job, code)
             left = ", ".join(later.stage for later in jobs[number:])
@@ -36,11 +37,11 @@ def run_chain(jobs: list[Job]) -> int:
     return 0
 
 
-def run_script(job: Job) -> int:
+def run_script(job: Job, patience: int) -> int:
     """Run one script in a session of its own; returns its exit code (128 + n after signal n).
 
     INT, TERM and HUP go to the script, which ends its processes and writes its state; a second
-    one, or PATIENCE seconds, ends them all.
+    one, or `patience` seconds, ends them all. USR1 and USR2 only go to the script.
     """
     process = subprocess.Popen(
         ["bash", str(job.script)],
@@ -57,12 +58,16 @@ def run_script(job: Job) -> int:
         received.append(number)
         if len(received) == 1:
             process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-            signal.alarm(PATIENCE)
+            signal.alarm(patience)
         else:
             _kill_session(process)
 
+    def warn(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.signal(number, forward) for number in signals}
+    before |= {number: signal.signal(number, warn) for number in WARNINGS}
     try:
         reader.start()
         code = process.wait()

@@ -15,6 +15,11 @@ from launcher_scripts import state
 from launcher_scripts.clusters.base import Backend
 from launcher_scripts.job import Group, Job, LaunchError
 
+SIZES = "the stage's trainer.num_nodes and trainer.devices say it"
+OURS = {
+    **dict.fromkeys(("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node"), SIZES),
+    **dict.fromkeys(("--array", "-a"), "one job is one stage; --multirun makes arrays"),
+}
 DEPENDENCY = r"[A-Za-z]+(:[0-9A-Za-z_+:]+)?"  # singleton, afterok:12:13, after:12+5
 
 
@@ -27,38 +32,65 @@ class Slurm(Backend):
         return str(settings.get("job_name_prefix") or "")
 
     def check(self, jobs: list[Job]) -> list[str]:
-        found = []
+        found = [*self._check_arguments(), *(line for job in jobs for line in self._check(job))]
         if (per_task := self.settings.get("gpus_per_task")) not in (None, 1):
             found.append(
                 f"cluster.gpus_per_task: {per_task}, but each process has one device: 1 or null"
             )
-        node = self.settings.get("gpus_per_node")
         for job in jobs:
-            if node is not None and int(node) < job.resources.gpus_per_node:
-                found.append(
-                    f"{job.stage}.trainer.devices: {job.resources.gpus_per_node} is more than "
-                    f"cluster.gpus_per_node={node}: use fewer devices a node, or more nodes"
-                )
-            if not re.fullmatch(rf"{DEPENDENCY}([,?]{DEPENDENCY})*", job.dependency or "singleton"):
-                found.append(
-                    f"{job.stage}.run.dependency: {job.dependency!r} is none of Slurm's: for "
-                    "example singleton, afterok:1234 or afterok:1234,singleton"
-                )
-            elif "?" in (job.dependency or "") and len(jobs) > 1:
+            if "?" in (job.dependency or "") and len(jobs) > 1:
                 found.append(
                     f"{job.stage}.run.dependency: {job.dependency!r} means 'any of', which Slurm "
                     "cannot join with 'after the stage before': use ','"
-                )
-            if job.container and any("," in m or m.count(":") > 2 for m in job.mounts):
-                found.append(
-                    f"{job.stage}: a folder mounted in the container holds ',' or ':', which "
-                    f"--container-mounts cannot express: {', '.join(job.mounts)}"
                 )
         lines = [line for job in jobs[:1] for line in self._directives(job, None)]
         lines += [str(a) for a in self.settings.get("srun_args") or []]
         if bad := next((line for line in lines if re.search(r"[\x00-\x1f]", line)), None):
             found.append(f"cluster: {bad!r} holds a line break or another control character")
         return found
+
+    def _check(self, job: Job) -> list[str]:
+        """What one job asks for that this cluster's settings do not allow."""
+        found, size = [], job.resources
+        node = self.settings.get("gpus_per_node")
+        if node is not None and int(node) < size.gpus_per_node:
+            found.append(
+                f"{job.stage}.trainer.devices: {size.gpus_per_node} is more than "
+                f"cluster.gpus_per_node={node}: use fewer devices a node, or more nodes"
+            )
+        named = named_nodes(str(self.settings.get("nodelist") or ""))
+        if named is not None and named > size.nodes:
+            found.append(
+                f"cluster.nodelist: {self.settings['nodelist']} names {named} nodes, which all "
+                f"take part, but {job.stage}.trainer.num_nodes is {size.nodes}: name as many, "
+                "or leave others out by cluster.sbatch_args=[--exclude=...]"
+            )
+        limit = seconds(size.time_limit) if size.time_limit else None
+        if limit is not None and limit <= job.signal_seconds:
+            found.append(
+                f"{job.stage}.run.signal_seconds: {job.signal_seconds} s before the time limit "
+                f"{size.time_limit} is before the start: lower it, or raise run.time_limit"
+            )
+        if not re.fullmatch(rf"{DEPENDENCY}([,?]{DEPENDENCY})*", job.dependency or "singleton"):
+            found.append(
+                f"{job.stage}.run.dependency: {job.dependency!r} is none of Slurm's: for "
+                "example singleton, afterok:1234 or afterok:1234,singleton"
+            )
+        if job.container and any("," in m or m.count(":") > 2 for m in job.mounts):
+            found.append(
+                f"{job.stage}: a folder mounted in the container holds ',' or ':', which "
+                f"--container-mounts cannot express: {', '.join(job.mounts)}"
+            )
+        return found
+
+    def _check_arguments(self) -> list[str]:
+        """Free options that would start another number of processes than a stage expects."""
+        return [
+            f"cluster.{key}: {argument} is not free: {OURS[match[0]]}"
+            for key in ("sbatch_args", "srun_args")
+            for argument in self.settings.get(key) or []
+            if (match := re.match(r"--[a-z-]+|-[A-Za-z]", str(argument))) and match[0] in OURS
+        ]
 
     def check_machine(self, jobs: list[Job]) -> list[str]:
         missing = [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]
@@ -95,9 +127,6 @@ class Slurm(Backend):
             "directives": self._directives(job, after),
             "job_id": r'${SLURM_JOB_ID:+"\"$SLURM_JOB_ID\""}',
             "srun": lambda group: self._srun(job, group),
-            "inner": lambda group: "\n".join(
-                ["set -euo pipefail", job.python_path, *group.commands]
-            ),
         }
 
     def _directives(self, job: Job, after: str | None) -> list[str]:
@@ -105,16 +134,23 @@ class Slurm(Backend):
         size, cluster = job.resources, self.settings
         log = f"{job.results_dir}/log-{job.name}_%j"
         dependency = ",".join(filter(None, [after and f"afterok:{after}", job.dependency]))
-        exclusive = cluster.get("exclusive")
+        exclusive, whole = cluster.get("exclusive"), cluster.get("gpus_per_node")
+        gpus = size.gpus_per_node
         values = {
             "account": cluster.get("account"),
+            "constraint": cluster.get("constraint"),
             "dependency": dependency or None,
             "error": f"{log}.err",
             "exclusive": exclusive or None,
-            "gpus-per-node": size.gpus_per_node or None,
+            "gpus-per-node": (whole or gpus) if gpus else None,
+            # Slurm wants as many of these as tasks, which leaves no room for idle GPUs of a node.
+            "gpus-per-task": cluster.get("gpus_per_task")
+            if gpus and whole in (None, gpus)
+            else None,
             "job-name": job.name,
             "kill-on-invalid-dep": "yes" if dependency else None,
             "mem": cluster.get("mem"),
+            "no-requeue": not job.max_requeues or None,
             "nodelist": cluster.get("nodelist"),
             "nodes": size.nodes,
             "ntasks-per-node": size.processes_per_node,
@@ -122,6 +158,11 @@ class Slurm(Backend):
             "output": f"{log}.out",
             "overcommit": cluster.get("overcommit") or None,
             "partition": cluster.get("partition"),
+            "qos": cluster.get("qos"),
+            "requeue": job.max_requeues > 0 or None,
+            "reservation": cluster.get("reservation"),
+            # To all processes of the stage, and not to the script: `B:` would be that.
+            "signal": f"USR1@{job.signal_seconds}" if job.signal_seconds else None,
             "time": size.time_limit,
         }
         lines = [
@@ -171,6 +212,35 @@ class Slurm(Backend):
         ids = ",".join(job_id for _, job_id in accepted)
         print(f"Watch: squeue --jobs={ids}    Cancel: scancel {ids.replace(',', ' ')}")
         return 0
+
+
+def seconds(time_limit: str) -> int:
+    """A time limit in Slurm's notation, in seconds."""
+    days, dash, clock = time_limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, rest = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, rest = parts
+    else:
+        hours, (minutes, rest) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def named_nodes(nodelist: str) -> int | None:
+    """How many nodes `n[1-4,7],m2` names; None where that cannot be said, as of a file."""
+    if "/" in nodelist:
+        return None
+    count = 0
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        ways = 1
+        for group in re.findall(r"\[([^\]]*)\]", name):
+            ends = [part.partition("-") for part in group.split(",")]
+            if not all(low.isdigit() and (high or low).isdigit() for low, _, high in ends):
+                return None
+            ways *= sum(int(high or low) - int(low) + 1 for low, _, high in ends)
+        count += ways
+    return count
 
 
 def in_directive(value: str) -> str:

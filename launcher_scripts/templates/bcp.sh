@@ -4,15 +4,19 @@
 set -euo pipefail
 
 {% include "state.sh" %}
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 log={{ log | quote }}_$(date +%m%d_%H%M%S).out
-exec > >(trap '' INT TERM && exec tee -a "$log") 2>&1 # all output, into the log and onwards
+# all output, into the log and onwards
+exec > >(trap '' INT TERM HUP USR1 USR2 && exec tee -a "$log") 2>&1
+
+{% set who = "bcprun" %}
+{% include "processes.sh" %}
 
 {% include "environment.sh" %}
 {% for group in job.groups %}
 
 # command group {{ loop.index }} of {{ loop.length }}
-bcprun {{ size(group, loop.last) }}{{ environment }} --cmd {{ inner(group) | quote }}
+bcprun {{ size(group, loop.last) }}{{ environment }} --cmd {{ inner(group) | quote }} &
+processes=($!)
+await
 {% endfor %}

@@ -8,15 +8,33 @@
 set -euo pipefail
 
 {% include "state.sh" %}
-trap 'exit 130' INT
-trap 'exit 143' TERM
+
+{% include "requeue.sh" %}
+
+{% include "task.sh" %}
 
 {% include "environment.sh" %}
 {% for line in job.key_lines %}
 {{ line }}
 {% endfor %}
+unset RANK LOCAL_RANK WORLD_SIZE # of whoever submitted this: the ranks are Slurm's
 {% for group in job.groups %}
 
 # command group {{ loop.index }} of {{ loop.length }}
-srun {{ srun(group) }} bash -c {{ inner(group) | quote }}
+group_{{ loop.index }}() {
+  {{ job.python_path }}
+{% for command in group.commands %}
+  {{ command.removeprefix("exec ") }}
+{% endfor %}
+}
+{% if not group.alone %}
+{% if "MASTER_ADDR" not in job.environment %}
+export MASTER_ADDR={{ "127.0.0.1" if job.resources.nodes == 1 else "${SLURMD_NODENAME:-$HOSTNAME}" }}
+{% endif %}
+{% if "MASTER_PORT" not in job.environment %}
+MASTER_PORT=$(free_port {{ loop.index0 }})
+export MASTER_PORT
+{% endif %}
+{% endif %}
+step group_{{ loop.index }} {{ srun(group) }}
 {% endfor %}

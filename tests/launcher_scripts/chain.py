@@ -122,6 +122,18 @@ with open(Path(os.environ["FAKE_SLURM"]) / "cancelled", "a") as file:
     print(*sys.argv[1:], file=file)
 """
 
+# scontrol that knows of a running job and writes down what it is asked to do.
+SCONTROL = r"""
+import os, sys
+from pathlib import Path
+with open(Path(os.environ["FAKE_SLURM"]) / "scontrol", "a") as file:
+    print(*sys.argv[1:], file=file)
+if "show" in sys.argv:
+    print("JobId=1 JobState=RUNNING Reason=None Restarts=0 NodeList=n1")
+if "requeue" in sys.argv and (Path(os.environ["FAKE_SLURM"]) / "stay").exists():
+    sys.exit("Requested operation is presently disabled")
+"""
+
 # bcprun as the platform's, for one node: the command goes through a shell, once for each process.
 BCPRUN = r"""
 import argparse, json, os, subprocess, sys
@@ -195,6 +207,7 @@ def _stage(name: str) -> dict[str, Any]:
     }
     if name == "data_prep":
         return {"run": {**run, "dependency": None}, "output_dir": "${data_dir}/squad"}
+    run |= {"max_requeues": 2, "signal_seconds": 60}
     trainer = {"devices": 1, "num_nodes": 1, "accelerator": "cpu"}
     return {"run": run, "trainer": trainer, "model": {"language_model_path": "/base"}}
 

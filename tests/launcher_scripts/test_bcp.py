@@ -111,7 +111,7 @@ def test_only_the_last_group_runs_on_all_nodes(tmp_path):
         results_dir=tmp_path,
         config="",
     )
-    lines = [line for line in BaseCommand({}).render(job).splitlines() if "bcprun" in line]
+    lines = [line for line in BaseCommand({}).render(job).splitlines() if line.startswith("bcprun")]
     sizes = [line.split(" --cmd")[0] for line in lines]
     assert sizes == ["bcprun --nnodes 1 --npernode 1", "bcprun --nnodes 2 --npernode 8"]
 

@@ -63,6 +63,7 @@ def test_state_tells_the_end_and_the_exit_code(tmp_path):
         "job_id": None,
         "state": "COMPLETED",
         "exit_code": 0,
+        "requeues": 0,
     }
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", t) for t in times)
     assert times == sorted(times)
@@ -164,7 +165,7 @@ def launch_apart(cfg: DictConfig, tmp_path: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_processes_and_leaves_the_state_failed(tmp_path, number, devices):
+def test_a_signal_ends_the_processes_and_leaves_the_state_cancelled(tmp_path, number, devices):
     cfg = chain.config(
         tmp_path,
         "interactive",
@@ -181,7 +182,7 @@ def test_a_signal_ends_the_processes_and_leaves_the_state_failed(tmp_path, numbe
     process.send_signal(number)
     assert process.wait(timeout=120) == 128 + number
     state = chain.state(cfg, "training")
-    assert (state["state"], state["exit_code"]) == ("FAILED", 128 + number)
+    assert (state["state"], state["exit_code"]) == ("CANCELLED", 128 + number)
     assert not any(alive(chain.met(cfg, "training", rank)["pid"]) for rank in range(devices))
     assert not chain.ran(cfg, "adapter_learning")
 

@@ -1,12 +1,15 @@
 """`cluster_type=bcm`: real scripts and real submitit; stand-ins for sbatch, srun and scancel."""
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import DictConfig
 
+from launcher_scripts.clusters.slurm import named_nodes, seconds
 from launcher_scripts.pipeline import launch
 from tests.launcher_scripts import chain
 
@@ -16,9 +19,8 @@ PREP, LEARN, EVAL = "data_prep", "adapter_learning", "eval"
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the stand-ins keep what they were given."""
-    tools = {"sbatch": chain.SBATCH, "srun": chain.SRUN, "scancel": chain.SCANCEL}
-    for name, source in tools.items():
-        chain.program(tmp_path / "bin", name, source)
+    for name in ("sbatch", "srun", "scancel", "scontrol"):
+        chain.program(tmp_path / "bin", name, getattr(chain, name.upper()))
     home = tmp_path / "slurm"
     home.mkdir()
     (home / "jobs").write_text("0")
@@ -110,25 +112,34 @@ def test_directives_are_sorted_and_complete(tmp_path):
         LEARN,
         cluster__partition="gpu",
         cluster__account="me",
-        cluster__nodelist="n[1-4]",
+        cluster__nodelist="n[1-2]",
+        cluster__qos="high",
+        cluster__constraint="a100&nvlink",
+        cluster__reservation="ours",
         adapter_learning__trainer={"devices": 4, "num_nodes": 2, "accelerator": "gpu"},
     )
     log = f"{chain.results(cfg, LEARN)}/log-nemo-megatron-adapter_learning_squad_tiny_%j"
     assert directives(cfg, LEARN) == [
         "--account=me",
+        '--constraint="a100&nvlink"',
         "--dependency=singleton",
         f"--error={log}.err",
         "--exclusive",
         "--gpus-per-node=4",
+        "--gpus-per-task=1",
         "--job-name=nemo-megatron-adapter_learning_squad_tiny",
         "--kill-on-invalid-dep=yes",
         "--mem=0",
-        "--nodelist=n[1-4]",
+        "--nodelist=n[1-2]",
         "--nodes=2",
         "--ntasks-per-node=4",
         "--open-mode=append",
         f"--output={log}.out",
         "--partition=gpu",
+        "--qos=high",
+        "--requeue",
+        "--reservation=ours",
+        "--signal=USR1@60",
         "--time=01:00:00",
     ]
 
@@ -147,6 +158,21 @@ def test_a_key_of_the_cluster_changes_its_directive(tmp_path, key, value, line):
     before = directives(dry(tmp_path / "1", LEARN), LEARN)
     after = directives(dry(tmp_path / "2", LEARN, **{f"cluster__{key}": value}), LEARN)
     assert (line in before) != (line in after)
+
+
+def test_a_node_with_more_gpus_than_devices_is_asked_for_as_a_whole(tmp_path):
+    trainer = {"devices": 4, "num_nodes": 1, "accelerator": "gpu"}
+    cfg = dry(tmp_path, LEARN, cluster__gpus_per_node=8, adapter_learning__trainer=trainer)
+    asked = [line for line in directives(cfg, LEARN) if line.startswith("--gpu")]
+    assert asked == ["--gpus-per-node=8"]  # with --gpus-per-task=1 Slurm would want 8 tasks
+
+
+def test_gpus_per_task_can_be_left_out(tmp_path):
+    trainer = {"devices": 4, "num_nodes": 1, "accelerator": "gpu"}
+    cfg = dry(tmp_path, LEARN, cluster__gpus_per_task=None, adapter_learning__trainer=trainer)
+    assert [line for line in directives(cfg, LEARN) if line.startswith("--gpu")] == [
+        "--gpus-per-node=4"
+    ]
 
 
 def test_a_cpu_stage_asks_for_no_gpus(tmp_path):
@@ -196,7 +222,7 @@ def test_bare_metal_has_no_word_of_containers(slurm, tmp_path):
 
 def test_a_container_has_its_own_python(tmp_path):
     cfg = dry(tmp_path, LEARN, container="image.sqsh")
-    assert "exec python3 -u -m graftwerk" in chain.script(cfg, LEARN).read_text()
+    assert "  python3 -u -m graftwerk" in chain.script(cfg, LEARN).read_text()
 
 
 def test_missing_sbatch_is_one_line_code_2_and_nothing_written(tmp_path, monkeypatch, capsys):
@@ -245,6 +271,51 @@ def test_more_devices_than_the_node_has_are_refused(tmp_path, capsys):
     trainer = {"devices": 8, "num_nodes": 1, "accelerator": "gpu"}
     err = refused(tmp_path, capsys, cluster__gpus_per_node=4, adapter_learning__trainer=trainer)
     assert "adapter_learning.trainer.devices: 8 is more than cluster.gpus_per_node=4" in err
+
+
+@pytest.mark.parametrize("key", ["sbatch_args", "srun_args"])
+@pytest.mark.parametrize(
+    "option", ["--nodes=4", "-N 4", "-n8", "--ntasks-per-node=2", "--array=1-4"]
+)
+def test_free_options_that_change_the_number_of_processes_are_refused(
+    tmp_path, capsys, key, option
+):
+    err = refused(tmp_path, capsys, **{f"cluster__{key}": [option]})
+    assert f"cluster.{key}: {option} is not free" in err
+
+
+def test_more_named_nodes_than_the_job_has_are_refused(tmp_path, capsys):
+    err = refused(tmp_path, capsys, cluster__nodelist="n[1-2],m7")
+    assert "cluster.nodelist: n[1-2],m7 names 3 nodes" in err
+    assert "adapter_learning.trainer.num_nodes is 1" in err
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "count"),
+    [("", 0), ("n1", 1), ("n[1-4,7],m2", 6), ("r[1-2]n[01-10]", 20), ("/a/file", None)],
+)
+def test_a_nodelist_is_counted_as_slurm_reads_it(nodelist, count):
+    assert named_nodes(nodelist) == count
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("2", 120),
+        ("1:30", 90),
+        ("1:00:01", 3601),
+        ("2-0", 172800),
+        ("1-1:30", 91800),
+        ("1-0:0:5", 86405),
+    ],
+)
+def test_a_time_limit_is_counted_as_slurm_reads_it(limit, expected):
+    assert seconds(limit) == expected
+
+
+def test_a_signal_before_the_start_is_refused(tmp_path, capsys):
+    run = {"adapter_learning__run__time_limit": "1", "adapter_learning__run__signal_seconds": 60}
+    assert "adapter_learning.run.signal_seconds: 60" in refused(tmp_path, capsys, **run)
 
 
 @pytest.mark.parametrize("dependency", ["banana!", "afterok:1 ,singleton", "singleton\n--x"])
@@ -305,3 +376,85 @@ def test_a_value_of_a_directive_arrives_as_it_is(slurm, tmp_path, value):
     (slurm / "hold").touch()
     assert launch(chain.config(tmp_path, "bcm", LEARN, cluster__partition=value), []) == 0
     assert options(slurm, 1)["--partition"] == value
+
+
+# ---- what queues itself anew
+
+
+def ended(slurm: Path, tmp_path: Path, code: int, **changes: Any) -> dict[str, Any]:
+    """The state of a job whose stage ends with `code`."""
+    cfg = chain.config(
+        tmp_path, "bcm", LEARN, adapter_learning__behave={"exit": code, "say": "x"}, **changes
+    )
+    assert launch(cfg, []) == 0
+    return chain.state(cfg, LEARN)
+
+
+def asked(slurm: Path) -> list[str]:
+    """What scontrol was asked to do."""
+    file = slurm / "scontrol"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line for line in lines if "show" not in line]
+
+
+@pytest.mark.parametrize("code", [75, 76, 128 + 9, 128 + 10, 128 + 15])
+def test_a_checkpoint_a_lost_process_and_a_signal_queue_the_job_anew(slurm, tmp_path, code):
+    state = ended(slurm, tmp_path, code)
+    assert (state["state"], state["requeues"], state["ended"]) == ("REQUEUED", 1, None)
+    assert asked(slurm) == ["requeue 1001"]
+
+
+@pytest.mark.parametrize("code", [1, 2, 7, 127, 128 + 11])
+def test_an_error_of_its_own_does_not(slurm, tmp_path, code):
+    state = ended(slurm, tmp_path, code)
+    assert (state["state"], state["requeues"]) == ("FAILED", 0)
+    assert state["exit_code"] == (code if code < 60 else 1)
+    assert asked(slurm) == []
+
+
+def test_the_rank_that_failed_is_named(slurm, tmp_path):
+    ended(slurm, tmp_path, 3)
+    (log,) = (tmp_path / "results/tiny" / LEARN).glob("*.err")
+    assert re.search(r"rank 0 on \S+: failed with exit code 3", log.read_text())
+
+
+def test_the_limit_ends_it_with_a_clear_line(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    state = ended(slurm, tmp_path, 75)
+    assert (state["state"], state["exit_code"], state["requeues"]) == ("FAILED", 75, 2)
+    assert asked(slurm) == []
+    (log,) = (tmp_path / "results/tiny" / LEARN).glob("*.err")
+    assert "queued anew 2 times, where run.max_requeues=2: launch it again" in log.read_text()
+
+
+def test_without_requeues_slurm_does_none_either(slurm, tmp_path):
+    state = ended(slurm, tmp_path, 75, adapter_learning__run__max_requeues=0)
+    assert state["state"] == "FAILED"
+    assert "--no-requeue" in options(slurm, 1)
+
+
+def test_a_slurm_that_will_not_queue_it_anew_is_quoted(slurm, tmp_path):
+    (slurm / "stay").touch()
+    state = ended(slurm, tmp_path, 75)
+    assert (state["state"], state["exit_code"], state["requeues"]) == ("FAILED", 75, 0)
+    (log,) = (tmp_path / "results/tiny" / LEARN).glob("*.err")
+    assert "Requested operation is presently disabled" in log.read_text()
+
+
+def test_jobs_on_one_node_meet_at_different_ports(slurm, tmp_path):
+    ports = []
+    for name in ("a", "b"):
+        cfg = chain.config(tmp_path / name, "bcm", LEARN)
+        assert launch(cfg, []) == 0
+        ports.append(int(chain.met(cfg, LEARN)["env"]["MASTER_PORT"]))
+    assert ports[0] != ports[1]
+    assert all(15000 <= port < 31000 for port in ports)
+
+
+def test_a_port_in_use_is_passed_over(slurm, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 15000 + 1001))
+        taken.listen()
+        cfg = chain.config(tmp_path, "bcm", LEARN)
+        assert launch(cfg, []) == 0
+    assert chain.met(cfg, LEARN)["env"]["MASTER_PORT"] != "16001"
