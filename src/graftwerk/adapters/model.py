@@ -22,6 +22,7 @@ from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.part import Part
 from graftwerk.adapters.plan import Plan, resolve_slot, unplaced_layers
+from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.replacements import Replacements
 from graftwerk.adapters.slots import Action, Flow, Record, Slot, slots_of
 from graftwerk.errors import UserError
@@ -38,7 +39,14 @@ class AdapterModel(nn.Module):
         self.adapters: dict[str, MethodConfig] = {}
         self.fusions: dict[str, FusionConfig] = {}
         self.replacements = Replacements()  # copies of the base's parameters that adapters train
+        self.ranks: Ranks = ALONE  # the devices among which features are split
         self._plan = Plan()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; those that lie on other processes are on the meta device."""
+        devices = [parameter.device for parameter in self.parameters()]
+        return next((device for device in devices if device.type != "meta"), devices[0])
 
     @property
     def plan(self) -> Plan:
@@ -88,23 +96,27 @@ class AdapterModel(nn.Module):
                 f"adapter name {name!r}: use letters, digits, '_' and '-', and no word of "
                 f"torch.nn.ModuleDict such as 'keys' or 'train'"
             )
-        device = next(self.parameters()).device
-        made: list[tuple[Slot, Part]] = []
+        device = self.device
+        made: list[tuple[str, Slot, Part]] = []
         for path, slot in slots_of(self).items():
             part = config.create(slot.site) if config.selects(slot.site) else None
             if part is not None:
-                part.attach(self.get_submodule(path.rpartition(".")[0]))
-                made.append((slot, part))
-        config.tie([(slot.site, part) for slot, part in made])
+                part.site = slot.site
+                made.append((path, slot, part.to(device)))
+        config.tie([(slot.site, part) for _, slot, part in made])
+        split = self.ranks.splitter()
+        for path, slot, part in made:
+            split(part, slot)
+            part.attach(self.get_submodule(path.rpartition(".")[0]))
         replaced = {key: p for key, p in self.base_parameters() if config.replaces(key)}
         if not made and not replaced:
             raise UserError(
                 f"adapter {name!r}: {type(config).__name__} with layer_selection="
                 f"{config.layer_selection} has no place in this model"
             )
-        for slot, part in made:
-            part.adapter, part.site = name, slot.site
-            slot.adapter_layer[name] = part.to(device).train(slot.training)
+        for _, slot, part in made:
+            part.adapter = name
+            slot.adapter_layer[name] = part.train(slot.training)
         if replaced:
             self.replacements.add(name, replaced)
         if head and self.label_head is not None:
@@ -258,7 +270,7 @@ class AdapterModel(nn.Module):
         key, config = ",".join(wanted), config or FusionConfig()
         if key in self.fusions:
             raise UserError(f"fusion {key!r} exists already: delete it first")
-        device = next(self.parameters()).device
+        device = self.device
         made = {
             slot: config.create(slot.site)
             for slot in slots_of(self).values()
@@ -270,9 +282,11 @@ class AdapterModel(nn.Module):
             raise UserError(
                 f"fusion {key!r}: none of its adapters is a bottleneck, which is what can be fused"
             )
+        split = self.ranks.splitter()
         for slot, module in made.items():
             module.name = key
             slot.fusion_layer[key] = module.to(device).train(slot.training)
+            split(module, slot)
         self.fusions[key] = config
         return key
 
@@ -320,8 +334,7 @@ class AdapterModel(nn.Module):
             for key in {fuse.name for fuse in fusions(self.active)}
             for _, _, layer in self.fusion_layers(key)
         ]
-        device = next(self.parameters()).device
-        return sum((layer.loss() for layer in layers), start=torch.zeros((), device=device))  # type: ignore[operator]
+        return sum((layer.loss() for layer in layers), start=torch.zeros((), device=self.device))  # type: ignore[operator]
 
     # ---- parts
 
@@ -362,28 +375,31 @@ class AdapterModel(nn.Module):
     def adapter_state(self, name: str) -> dict[str, Tensor]:
         """The adapter's weights by `<slot path>.<parameter>`, whatever the adapter is called.
 
-        Those of its head are `head.<parameter>`.
+        Those of its head are `head.<parameter>`. Where features are split over devices, all of them
+        ask at once, and each gets the whole tensors.
         """
+        return {key: self.ranks.whole(value) for key, value in self._adapter_tensors(name).items()}
+
+    def _adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """The same, as they lie on this device."""
         state: dict[str, Tensor] = {}
         seen: set[int] = set()  # parameters that parts share are kept under the first name
         for path, _, part in self.parts(name):
             for key, value in part.state_dict(keep_vars=True).items():
                 if id(value) not in seen:
                     seen.add(id(value))
-                    state[f"{path}.{key}"] = value.detach()
-        state |= {key: value.detach() for key, value in self.replacements.of(name).items()}
+                    state[f"{path}.{key}"] = value
         head = self.head_of(name)
-        if head is not None:
-            state |= {key: value.detach() for key, value in head.state_dict().items()}
-        return state
+        own = {} if head is None else head.state_dict(keep_vars=True)
+        return {**state, **self.replacements.of(name), **own}
 
     def load_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Copies weights into an adapter.
+        """Copies weights, whole ones, into an adapter.
 
         Raises:
             UserError: naming every tensor that is missing, unknown or of another shape.
         """
-        _copy_state(self.adapter_state(name), state, f"adapter {name!r}")
+        _copy_state(self._adapter_tensors(name), state, f"adapter {name!r}", self.ranks)
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter's method and settings as plain values, for a file; the kind of its head."""
@@ -418,14 +434,16 @@ class AdapterModel(nn.Module):
             raise UserError(f"no adapter is called {name!r}: this model has {have}")
 
 
-def _copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+def _copy_state(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, ranks: Ranks = ALONE
+) -> None:
     """Copies `state` into `own`; a UserError names what is missing, unknown or of another shape."""
     mistakes = [f"missing {key}" for key in own.keys() - state.keys()]
     mistakes += [f"unknown {key}" for key in state.keys() - own.keys()]
     mistakes += [
-        f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
+        f"{key} is {list(state[key].shape)}, not {list(ranks.shape(own[key]))}"
         for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
+        if state[key].shape != ranks.shape(own[key])
     ]
     if mistakes:
         shown = "; ".join(sorted(mistakes)[:6])
@@ -433,4 +451,4 @@ def _copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: st
         raise UserError(f"the weights do not fit {what} on this model: {shown}{more}")
     with torch.no_grad():
         for key, value in own.items():
-            value.copy_(state[key])
+            value.copy_(ranks.own(value, state[key]))

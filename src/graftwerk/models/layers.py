@@ -493,13 +493,18 @@ class Layers(nn.Module):
             self.projection = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
 
     def forward(
-        self, x: Tensor, context: Context, width: int, widen_at: int | None
+        self,
+        x: Tensor,
+        context: Context,
+        width: int,
+        widen_at: int | None,
+        run: range | None = None,
     ) -> tuple[Tensor, Context]:
         """[B, S, h] -> [B, S, h], without what is behind the last layer, and its context.
 
-        Before layer `widen_at` the batch is repeated `width` times.
+        Before layer `widen_at` the batch is repeated `width` times. `run`: these layers only.
         """
-        for layer in self.layers:
+        for layer in self.layers if run is None else [self.layers[n] for n in run]:
             assert isinstance(layer, TransformerLayer)
             if layer.number == widen_at:
                 x = x.repeat(width, 1, 1)
