@@ -26,6 +26,7 @@ from graftwerk.nemo.predictions import Question, predict, questions_of, sampling
 from graftwerk.nemo.trainer_builder import MegatronTrainer
 from graftwerk.nemo.wanted_adapters import load_wanted
 from graftwerk.training.base import Base, revision_of
+from graftwerk.training.goal import check_selection
 from graftwerk.training.learner import Learner
 from graftwerk.training.trainer import precision_of
 
@@ -135,8 +136,8 @@ class MegatronSFTModel(pl.LightningModule):
         """Adds an adapter of each configuration; all are active, and they alone are trained.
 
         Raises:
-            UserError: where the model has such an adapter already, and for QLoRA on a base that is
-                not held in 4 bits.
+            UserError: where the model has such an adapter already, for layers that it does not
+                have, and for QLoRA on a base that is not held in 4 bits.
         """
         configs = [peft_cfgs] if isinstance(peft_cfgs, PEFTConfig) else list(peft_cfgs)
         if not self.quantize and any(isinstance(config, QLoraPEFTConfig) for config in configs):
@@ -144,6 +145,8 @@ class MegatronSFTModel(pl.LightningModule):
                 "QLoraPEFTConfig needs a base in 4 bits: set model.peft.peft_scheme: qlora before "
                 "restore_from"
             )
+        for config in configs:
+            check_selection(self.base.config, config.method)
         if any(isinstance(config.method, SelectiveConfig) for config in configs):
             self._in_float32()
         torch.manual_seed(self.cfg.seed)

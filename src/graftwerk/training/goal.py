@@ -182,9 +182,23 @@ def check_blocks(composition: Composition | str | None, key: str) -> None:
 
 def check_layers(config: TransformerConfig, layers: Sequence[int], key: str) -> None:
     """Raises a UserError for layers, numbered from 0, that the model does not have."""
-    depth = config.num_layers + (config.decoder_num_layers if config.architecture == "t5" else 0)
+    depth = _depth(config)
     if beyond := [layer for layer in layers if layer >= depth]:
         raise UserError(f"{key}: {beyond} are beyond the model's layers, 0 to {depth - 1}")
+
+
+def check_selection(config: TransformerConfig, method: MethodConfig) -> None:
+    """Raises a UserError for layers of `layer_selection` that the model does not have."""
+    depth = _depth(config)
+    if unknown := [n for n in method.layer_selection or () if not 1 <= n <= depth]:
+        raise UserError(
+            f"layer_selection of {type(method).__name__}: {unknown} are none of the model's "
+            f"layers, 1 to {depth}"
+        )
+
+
+def _depth(config: TransformerConfig) -> int:
+    return config.num_layers + (config.decoder_num_layers if config.architecture == "t5" else 0)
 
 
 def fusion_of(block: Mapping[Any, Any] | None) -> FusionConfig:

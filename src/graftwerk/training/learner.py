@@ -21,7 +21,7 @@ from graftwerk.models import BERT, GPT, T5, TransformerConfig
 from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.base import Base, revision_of
 from graftwerk.training.frozen import add_frozen, check_fusions
-from graftwerk.training.goal import KEY, Goal, check_layers
+from graftwerk.training.goal import KEY, Goal, check_layers, check_selection
 from graftwerk.training.trainer import precision_of
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def _compose(model: GPT | T5 | BERT, goal: Goal, model_cfg: DictConfig) -> Layer
     add_frozen(model, goal.frozen, goal.files, [goal.composition], "model.peft.adapters")
     torch.manual_seed(model_cfg.seed)
     for name, method in goal.methods:
+        check_selection(model.config, method)
         model.add_adapter(name, method)
     fusions = goal.fusions_to_train()
     for key in fusions:

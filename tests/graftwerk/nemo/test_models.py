@@ -191,6 +191,17 @@ def test_an_adapter_that_is_there_already_is_refused(begin: Begin) -> None:
         model.add_adapter(LoraPEFTConfig(cfg))
 
 
+@pytest.mark.parametrize("layers", [[0], [1, 99]])
+def test_a_layer_that_the_model_does_not_have_is_named(begin: Begin, layers: list[int]) -> None:
+    _, model, cfg = begin()
+    cfg.peft.lora_tuning = {"layer_selection": layers}
+    with pytest.raises(
+        UserError, match=rf"layer_selection of LoRAConfig: \[{layers[-1]}\] are none"
+    ):
+        model.add_adapter(LoraPEFTConfig(cfg))
+    assert not model.model.adapters
+
+
 def test_selective_tuning_trains_in_float32_under_bf16(begin: Begin) -> None:
     block = {"tunable_base_param_names": ["input_layernorm"], "layer_selection": [2]}
     trainer, model, cfg = begin(trainer__precision="bf16", model__peft__selective_tuning=block)

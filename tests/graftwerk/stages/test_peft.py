@@ -127,13 +127,27 @@ def test_qlora_is_lora_by_another_base():
             r"model.peft.lora_tuning.r is not known",
         ),
         ({"peft_scheme": "lora", "lora_tuning": {"target_modules": ["q"]}}, "target_modules: 'q'"),
-        ({"peft_scheme": "selective"}, "selective_tuning.parameters is empty"),
+        (
+            {"peft_scheme": "selective"},
+            r"model.peft.selective_tuning.tunable_base_param_names is empty",
+        ),
         ({"peft_scheme": "adapter", "adapter_tuning": {"type": "houlsby"}}, "type='houlsby'"),
     ],
 )
 def test_a_wrong_scheme_or_block_is_one_line(peft, message):
     with pytest.raises(UserError, match=message):
         methods_from_config({"peft": peft}, "peft")
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 3]])
+def test_layers_that_the_base_does_not_have_are_named_before_anything_is_written(layers, peft):
+    block = {"lora_tuning": {"layer_selection": layers}}
+    cfg = OmegaConf.merge(peft, {"model": {"peft": {"peft_scheme": "lora", **block}}})
+    with pytest.raises(
+        UserError, match=rf"\[{layers[-1]}\] are none of the model's layers, 1 to 2"
+    ):
+        learning.run("peft", cfg)
+    assert not results(cfg).exists()
 
 
 def test_names_of_selective_tuning_are_parts_of_names_or_patterns(base):

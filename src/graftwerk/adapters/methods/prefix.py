@@ -17,7 +17,7 @@ from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, sh
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
-KEY = "model.prefix_tuning."
+KEY = "model.peft.prefix_tuning."
 Relative = Literal["none", "keys", "both"]
 
 

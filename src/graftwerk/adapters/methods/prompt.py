@@ -99,15 +99,16 @@ class PTuningConfig(MethodSettings):
         _check_prompt(self.virtual_tokens, self.init_std, self.place)
         for key in ("embedding_dim", "bottleneck_dim"):
             if getattr(self, key) < 1:
-                raise UserError(f"model.p_tuning.{key}={getattr(self, key)}: at least 1")
+                raise UserError(f"model.peft.p_tuning.{key}={getattr(self, key)}: at least 1")
         encoders = ("mlp", "lstm", "peft_mlp", "peft_lstm")
         if self.encoder not in encoders:
             raise UserError(
-                f"model.p_tuning.encoder={self.encoder!r}: use one of {', '.join(encoders)}"
+                f"model.peft.p_tuning.encoder={self.encoder!r}: use one of {', '.join(encoders)}"
             )
         if self.encoder == "lstm" and self.embedding_dim % 2:
             raise UserError(
-                f"model.p_tuning.embedding_dim={self.embedding_dim}: an lstm needs an even number"
+                f"model.peft.p_tuning.embedding_dim={self.embedding_dim}: an lstm needs an even "
+                f"number"
             )
 
     @property

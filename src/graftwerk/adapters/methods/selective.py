@@ -21,8 +21,8 @@ class SelectiveConfig(MethodSettings):
         super().__post_init__()
         if not self.parameters:
             raise UserError(
-                "model.selective_tuning.parameters is empty: name parameters of the base, such as "
-                "'*.mlp.linear_fc2.bias' or '*layernorm*'"
+                "model.peft.selective_tuning.tunable_base_param_names is empty: name parameters of "
+                "the base, such as '*.mlp.linear_fc2.bias' or '*layernorm*'"
             )
 
     def create(self, site: Site) -> Part | None:
