@@ -268,15 +268,15 @@ def _members(adapter_names: Setup) -> list[str]:
     if isinstance(adapter_names, Composition):
         found = list(fusions(adapter_names))
         return found[0].name.split(",") if found else list(names(adapter_names))
-    return list(adapter_names or ())
+    return list(names(composition_of(adapter_names)))
 
 
 def _fused(adapter_setup: Setup) -> Composition:
     """The composition of a fusion's training: a list of names is a `Fuse`."""
-    if isinstance(adapter_setup, Composition | str):
-        composition = composition_of(adapter_setup)
-    else:
-        composition = Fuse(*(adapter_setup or ()))
+    composition = composition_of(adapter_setup)
+    plain = not isinstance(adapter_setup, Composition | str)
+    if plain and composition is not None and not any(fusions(composition)):
+        composition = Fuse(*composition)
     if composition is None or not any(fusions(composition)):
         raise UserError(f"{adapter_setup}: there is no Fuse in it, whose weights would be trained")
     return composition

@@ -224,6 +224,20 @@ class VeraConfig(LoRAConfig):
 
 
 @dataclass(frozen=True, eq=False)
+class DoRAConfig(LoRAConfig):
+    """Directions by LoRA, lengths trained apart (Liu et al. 2024, arXiv:2402.09353)."""
+
+    use_dora: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class DvoRAConfig(VeraConfig):
+    """DoRA with VeRA's matrices for the directions."""
+
+    use_dora: bool = True
+
+
+@dataclass(frozen=True, eq=False)
 class MTLLoRAConfig(LoRAConfig):
     """LoRA for several tasks in one batch (Yang et al. 2024, arXiv:2410.09437)."""
 

@@ -5,18 +5,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from graftwerk.adapters.composition import BatchSplit, Composition, Parallel, Stack, parse
+from graftwerk.adapters.composition import BatchSplit, Composition, Fuse, Parallel, Stack, parse
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.plan import Plan
 from graftwerk.errors import UserError
 
-Setup = Composition | str | Sequence[str] | None
+Setup = Composition | str | Sequence[str | Composition | Sequence[str]] | None
 
 
 def composition_of(setup: Setup) -> Composition | None:
     """A composition as AdapterHub's methods take it: a block, a name, or names to be stacked.
 
-    A string with brackets is a composition in writing: `"Stack(a, Parallel(b, c))"`.
+    A string with brackets is a composition in writing: `"Stack(a, Parallel(b, c))"`. Names within a
+    list of their own are fused: `[["a", "b"]]`.
 
     Raises:
         UserError: for a string that is none.
@@ -26,8 +27,13 @@ def composition_of(setup: Setup) -> Composition | None:
     if isinstance(setup, str):
         block = parse(setup) if "(" in setup else setup
         return Stack(block) if isinstance(block, str) else block
-    children = [composition_of(child) if not isinstance(child, str) else child for child in setup]
-    return Stack(*(child for child in children if child is not None)) if children else None
+    children = [child if isinstance(child, str) else _inner(child) for child in setup]
+    return Stack(*children) if children else None
+
+
+def _inner(child: Composition | Sequence[str]) -> Composition | str:
+    """A list within a list is a `Fuse`, as in the oldest versions."""
+    return child if isinstance(child, Composition) else Fuse(*child)
 
 
 def last_name(composition: Composition | str) -> str:

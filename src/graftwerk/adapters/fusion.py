@@ -203,7 +203,6 @@ def fuse(
         updates.append(part.update(call, inner))
     hidden, weights = fusion(start.query, torch.stack(updates, -2), start.residual)
     if call.flow.record is not None:
-        layers = call.flow.record.fusions.setdefault(fusion.name, {})
-        places = layers.setdefault(fusion.site.layer, {})
-        places[LOCATIONS[fusion.site.name]] = weights.detach()
+        site = fusion.site
+        call.flow.record.note_fusion(fusion.name, site.layer, LOCATIONS[site.name], weights)
     return final.finish(call, hidden)

@@ -6,7 +6,7 @@ method matches; a part is a module `(SlotCall) -> output`. A slot knows no metho
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,41 @@ class Site:
 class Record:
     """What parts say of themselves in a pass: name -> layer -> place -> values.
 
-    `gates`: [B] or [B, n]; `fusions`: the weight of each child, [B, S, children].
+    `gates`: [B] or [B, n], those of several parts at a place side by side; `fusions`: the weight of
+    each child, [B, S, children]. What a composition names twice has the rows of both calls.
     """
 
-    gates: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     fusions: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    _gates: dict[str, dict[int, dict[str, dict[nn.Module, Tensor]]]] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> dict[str, dict[int, dict[str, Tensor]]]:
+        return {
+            name: {
+                layer: {place: _side_by_side(noted) for place, noted in places.items()}
+                for layer, places in layers.items()
+            }
+            for name, layers in self._gates.items()
+        }
+
+    def note_gate(self, part: nn.Module, name: str, layer: int, place: str, gate: Tensor) -> None:
+        """Takes the gates [B, n] of an adapter's part."""
+        noted = self._gates.setdefault(name, {}).setdefault(layer, {}).setdefault(place, {})
+        _add_rows(noted, part, gate)
+
+    def note_fusion(self, name: str, layer: int, place: str, weights: Tensor) -> None:
+        """Takes the weights [B, S, children] of a fusion."""
+        _add_rows(self.fusions.setdefault(name, {}).setdefault(layer, {}), place, weights)
+
+
+def _add_rows(noted: dict[Any, Tensor], key: Any, values: Tensor) -> None:
+    values = values.detach()
+    noted[key] = torch.cat([noted[key], values]) if key in noted else values
+
+
+def _side_by_side(noted: Mapping[nn.Module, Tensor]) -> Tensor:
+    gates = torch.cat(list(noted.values()), 1)
+    return gates.squeeze(1) if gates.shape[1] == 1 else gates
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,29 @@ def test_without_a_head_the_states_are_the_answer_and_gates_are_told():
     assert model(rows()).adapter_gating_scores is None
 
 
+@torch.no_grad()
+def test_an_adapter_that_is_named_twice_tells_the_gates_of_all_its_rows():
+    model = small()
+    for name in "ab":
+        model.add_adapter(name, config="lora[r=2, use_gating=True]")
+    shaken(model, "a", "b")
+
+    def gates(composition, ids):
+        model.set_active_adapters(composition)
+        answer = model(ids, output_adapter_gating_scores=True)
+        return {
+            name: layers[0]["selfattn_lora"]
+            for name, layers in answer.adapter_gating_scores.items()
+        }
+
+    told = gates(BatchSplit(Stack("a", "b"), "b", batch_sizes=[1, 3]), rows())
+    alone = gates("b", rows())
+    assert told["a"].shape == (1, 2)
+    assert told["b"].shape == alone["b"].shape == (4, 2)
+    np.testing.assert_allclose(told["b"], alone["b"], rtol=1e-5)
+    assert gates(Stack("a", Parallel("a", "b")), rows())["a"].shape == (8 + 4, 2)
+
+
 def test_an_output_is_a_tuple_on_request():
     model = two_tasks()
     model.set_active_adapters("a")
@@ -318,6 +341,25 @@ def test_the_loss_of_a_model_in_training_holds_its_fusion_near_the_identity():
         model.train_adapter_fusion("a")
 
 
+def test_names_in_a_list_within_a_list_are_fused_as_in_the_oldest_versions():
+    model = two_tasks()
+    model.add_adapter("c")
+    model.add_fusion(["a", "b"], "dynamic")
+    for setup, meant in (
+        ([["a", "b"]], Stack(Fuse("a", "b"))),
+        (["c", ["a", "b"]], Stack("c", Fuse("a", "b"))),
+    ):
+        model.train_fusion(setup)
+        assert model.active_adapters == meant
+        model.set_active_adapters(None)
+        model.set_active_adapters(setup)
+        assert model.active_adapters == meant
+    model.train_fusion(["a", "b"])
+    assert model.active_adapters == Fuse("a", "b")
+    model.set_active_adapters(["a", "b"])
+    assert model.active_adapters == Stack("a", "b")
+
+
 def test_training_an_adapter_freezes_all_but_it_and_the_heads():
     model = two_tasks()
     model.train_adapter("a")
@@ -350,7 +392,8 @@ def test_a_state_holds_shared_parameters_once_and_fills_them_all():
         "loreft",
         "noreft[suffix_positions=1]",
         "vera",
-        "lora[use_dora=True]",
+        "dora",
+        "dvora",
         "double_seq_bn_inv",
         "prompt_tuning[prompt_length=2]",
     ],

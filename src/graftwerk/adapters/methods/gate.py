@@ -1,6 +1,5 @@
 """A learned gate: how much of a part an example gets (Mao et al. 2022, arXiv:2110.07577, 3.2)."""
 
-import torch
 from torch import Tensor, nn
 
 from graftwerk.adapters.part import Part, PartLinear
@@ -22,16 +21,6 @@ class Gate(PartLinear):
 
 
 def note_gate(part: Part, call: SlotCall, place: str, gate: Tensor) -> None:
-    """Records a gate [B, n], where the pass asks for it: [B] where it is one, else side by side.
-
-    A part whose layer has noted gates at this place already adds its columns to them.
-    """
-    record = call.flow.record
-    if record is None:
-        return
-    gate = gate.detach()
-    places = record.gates.setdefault(part.adapter, {}).setdefault(part.site.layer, {})
-    if place in places:
-        held = places[place]
-        gate = torch.cat([held[:, None] if held.ndim == 1 else held, gate], 1)
-    places[place] = gate.squeeze(1) if gate.shape[1] == 1 else gate
+    """Records a gate [B, n], where the pass asks for it."""
+    if call.flow.record is not None:
+        call.flow.record.note_gate(part, part.adapter, part.site.layer, place, gate)
