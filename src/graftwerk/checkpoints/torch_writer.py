@@ -70,6 +70,7 @@ class TorchWriter:
         info.extra = struct.pack("<HH", PADDING, padding) + b"Z" * padding
         with self._zip.open(info, "w", force_zip64=zip64) as record:
             record.write(content)
+        info.extra = b""  # zipfile would write it into the directory too
 
 
 class _Stored:

@@ -157,6 +157,7 @@ def test_what_we_write_tensor_by_tensor_is_what_torch_would_load(tmp_path):
     assert found["tied"].data_ptr() == found["t0"].data_ptr()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.testzip() is None
+        assert not any(info.extra for info in archive.infolist()), "padding once, not in the index"
     (tmp_path / "a.ckpt").write_bytes(content)
     mapped = torch.load(tmp_path / "a.ckpt", weights_only=True, mmap=True)
     assert all(t.data_ptr() % 64 == 0 for name, t in mapped.items() if t.numel()), "aligned"
