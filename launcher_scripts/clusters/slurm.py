@@ -15,6 +15,7 @@ from launcher_scripts import state
 from launcher_scripts.clusters.base import Backend
 from launcher_scripts.job import Group, Job, LaunchError
 
+LEAVE = 60  # seconds between the first process of a stage that ends and the last
 SIZES = "the stage's trainer.num_nodes and trainer.devices say it"
 OURS = {
     **dict.fromkeys(("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node"), SIZES),
@@ -175,7 +176,9 @@ class Slurm(Backend):
         ]
 
     def _srun(self, job: Job, group: Group) -> str:
-        words = ["--kill-on-bad-exit=1"]  # one process that fails ends the others
+        # One process that fails ends the others, and srun waits for those of a lost node no longer
+        # than this: Slurm itself takes minutes to miss it.
+        words = ["--kill-on-bad-exit=1", f"--wait={LEAVE}"]
         if group.alone and (job.resources.nodes, job.resources.processes_per_node) != (1, 1):
             words += ["--nodes=1", "--ntasks=1"]
         if job.container:
