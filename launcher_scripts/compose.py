@@ -6,7 +6,6 @@ caller's folder of YAML, then ours, so that a folder of the published launcher r
 clusters and with stages of ours that it does not have.
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,14 +26,12 @@ from hydra.version import setbase
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher_scripts import overrides as words
 from launcher_scripts import resolvers
 from launcher_scripts.notices import (
     Mistakes,
     one_line,
 )
-from launcher_scripts.plan import GROUPS, Plan, collector, options_of
-from launcher_scripts.stages import STAGES
+from launcher_scripts.plan import GROUPS, Plan, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -82,7 +79,7 @@ class Composer:
     ) -> None:
         """Raises `Mistakes` for folders and files that do not exist."""
         self.name = config_name or "config"
-        main = _folder(config_path) if config_path else CONF
+        self.folder = main = _folder(config_path) if config_path else CONF
         search = create_config_search_path(str(main))
         schema = SearchPathQuery(provider="schema")
         if main != CONF:
@@ -103,30 +100,6 @@ class Composer:
 
     def close(self) -> None:
         GlobalHydra.instance().clear()
-
-    def points(self, typed: Sequence[str], multirun: bool) -> list[list[str]]:
-        """The words of each run: one run, or one for each point of a sweep."""
-        if not multirun:
-            return [list(typed)]
-        problems: list[str] = []
-        parsed = words.read(typed, tuple(STAGES), collector(problems))
-        for override in parsed:
-            if override.is_sweep_override() and override.is_interval_sweep():
-                problems.append(f"{override.input_line}: an interval has no points to run")
-            if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
-                problems.append(
-                    f"{override.input_line}: stages are submitted by cluster_type, and swept "
-                    "one after the other"
-                )
-        if problems:
-            raise Mistakes(problems)
-        choices = [
-            [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-            if o.is_sweep_override()
-            else [str(o.input_line)]
-            for o in parsed
-        ]
-        return [list(point) for point in itertools.product(*choices)]
 
     def compose(self, typed: Sequence[str]) -> Composition:
         """Compose what the words ask for.

@@ -12,6 +12,7 @@ from launcher_scripts.notices import Mistakes
 
 if TYPE_CHECKING:
     from launcher_scripts.compose import Composer
+    from launcher_scripts.manifest import Command
 
 HELP = """\
 Compose a list of stages from YAML and run each after the success of the one before.
@@ -88,56 +89,43 @@ def _main(args: Any, parser: Any) -> int:
             raise Mistakes(["--experimental-rerun: it would unpickle a file; start main.py again"])
         if args.resolve:
             raise Mistakes(["--resolve: goes with --cfg"])
-        points = composer.points(args.overrides, args.multirun)
-        prepared = [_prepare(composer, point) for point in points]
-        folders = _folders([cfg for cfg, _ in prepared])
-        if folders:
-            apart = [[*point, *words] for point, words in zip(points, folders, strict=True)]
-            prepared = [_prepare(composer, point) for point in apart]
+        from launcher_scripts.manifest import Command
+
+        command = Command(
+            tuple(args.overrides),
+            bool(args.multirun),
+            args.config_name,
+            str(composer.folder) if args.config_path else None,
+            args.config_dir and str(Path(args.config_dir).absolute()),
+            os.getcwd(),
+        )
+        if args.multirun:
+            return _sweep(composer, command)
+        return _one(composer, command)
     finally:
         composer.close()
-    return _launch(prepared)
 
 
-def _prepare(composer: "Composer", point: list[str]) -> tuple[Any, list[str]]:
-    """One composed and checked configuration, and what to tell of it."""
+def _one(composer: "Composer", command: "Command") -> int:
     from launcher_scripts.checks import finish
-
-    composition = composer.compose(point)
-    return composition.cfg, finish(composition)
-
-
-def _folders(runs: list[Any]) -> list[list[str]]:
-    """Words that give the runs of a sweep folders and names of their own, where they share them."""
-    from launcher_scripts.complete import plain_text
-    from launcher_scripts.overrides import quoted
-
-    words: list[list[str]] = [[] for _ in runs]
-    for stage in dict.fromkeys(str(stage) for cfg in runs for stage in cfg.stages):
-        places = {str(cfg[stage].run.results_dir) for cfg in runs if stage in cfg.stages}
-        if len(places) == sum(stage in cfg.stages for cfg in runs):
-            continue
-        for number, cfg in enumerate(runs):
-            if stage in cfg.stages:
-                run = cfg[stage].run
-                words[number] += [
-                    f"{stage}.run.results_dir={quoted(plain_text(f'{run.results_dir}/{number}'))}",
-                    f"{stage}.run.name={quoted(f'{run.name}_{number}')}",
-                ]
-    return words if any(words) else []
-
-
-def _launch(prepared: list[tuple[Any, list[str]]]) -> int:
-    """Run the chains one after the other; the first failure ends the sweep."""
     from launcher_scripts.pipeline import launch
 
-    for number, (cfg, notices) in enumerate(prepared):
-        if len(prepared) > 1:
-            print(f"run {number + 1} of {len(prepared)}", flush=True)
-        code = launch(cfg, notices)
-        if code != 0:
-            return code
-    return 0
+    composition = composer.compose(command.words)
+    return launch(composition.cfg, finish(composition), command)
+
+
+def _sweep(composer: "Composer", command: "Command") -> int:
+    """All points composed and checked, then all launched; a wrong one launches none."""
+    from launcher_scripts import multirun, sweep
+    from launcher_scripts.pipeline import launch
+
+    with sweep.quick_interpolation():
+        points = sweep.points(composer, command.words)
+        notices = sweep.finish_all(points)
+        if len(points) == 1:
+            return launch(points[0].composition.cfg, notices, command)
+        named = [(point.label, point.composition.cfg) for point in points]
+        return multirun.launch(named, notices, command)
 
 
 def _help(composer: "Composer", parser: Any) -> str:

@@ -3,48 +3,109 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig
 
+from launcher_scripts import lock, manifest, state
 from launcher_scripts.clusters import backend
 from launcher_scripts.clusters.base import Backend
 from launcher_scripts.job import Job, LaunchError, build, unusable
+from launcher_scripts.manifest import Chain, Command, Launch, Stage
 from launcher_scripts.state import write_atomically
 
 
-def launch(cfg: DictConfig, notices: list[str]) -> int:
+def launch(cfg: DictConfig, notices: list[str], command: Command | None = None) -> int:
     """Write every stage's files and run the chain, or only say what would run (`dry_run`).
+
+    `command` composes the same again; the manifest keeps it.
 
     Returns main.py's exit code: 0 done or submitted, 2 a mistake of the user's with nothing
     written, otherwise the code of the stage that failed, or 1 where the cluster refused.
     """
     try:
-        return _launch(cfg, notices)
+        return _launch(cfg, notices, command)
     except LaunchError as error:
         print(error, file=sys.stderr)
         return error.code
 
 
-def _launch(cfg: DictConfig, notices: list[str]) -> int:
+def _launch(cfg: DictConfig, notices: list[str], command: Command | None) -> int:
     cluster = backend(cfg.cluster_type)(cfg.cluster)
     jobs = plan(cfg, cluster)
-    mistakes = unusable(jobs) + cluster.check(jobs) + unwritable(jobs)
-    if cfg.dry_run:
-        notices = [*notices, *cluster.check_machine(jobs)]
-    else:
-        mistakes += cluster.check_machine(jobs) or cluster.check_queue(jobs)
-    if mistakes:
-        raise LaunchError("\n".join(mistakes))
-    for notice in [*notices, *_unused(cfg)]:
-        warns = notice.startswith("warning: ")
-        print(notice if warns else f"note: {notice}", file=sys.stderr)
-    write(jobs, cluster)
-    print(table(jobs, cluster), flush=True)
-    if not cfg.dry_run:
-        return cluster.run(jobs)
+    check(cfg, [(cluster, jobs)], notices)
+    with lock.hold([] if cfg.dry_run else jobs):
+        write(jobs, cluster)
+        print(table(jobs, cluster), flush=True)
+        if not cfg.dry_run:
+            record(cfg, [Chain(stages_of(cfg, jobs))], command)
+            return run(jobs, cluster)
     print("\nDry run: the files above are written, nothing runs. To run them by hand:")
     print(*(f"  {line}" for line in cluster.next_steps(jobs)), sep="\n")
     return 0
+
+
+def check(cfg: DictConfig, chains: Sequence[tuple[Backend, list[Job]]], notices: list[str]) -> None:
+    """Say what the user should know, or raise LaunchError with every mistake.
+
+    `chains` are what is launched, each with its cluster; they may share jobs.
+    """
+    jobs = list({job.results_dir: job for _, chain in chains for job in chain}.values())
+    if len(chains) == 1:  # with two stages of one folder, which is a mistake
+        jobs = chains[0][1]
+    mistakes = unusable(jobs) + unwritable(jobs)
+    mistakes += [line for cluster, chain in chains for line in cluster.check(chain)]
+    lacking = [line for cluster, chain in chains for line in cluster.check_machine(chain)]
+    if cfg.dry_run:
+        notices = [*notices, *lacking]
+    else:
+        mistakes += lacking
+    if mistakes := list(dict.fromkeys(mistakes)) or lock.occupied(jobs):
+        raise LaunchError("\n".join(mistakes))
+    for notice in dict.fromkeys([*notices, *_unused(cfg)]):
+        warns = notice.startswith("warning: ")
+        print(notice if warns else f"note: {notice}", file=sys.stderr)
+
+
+def run(jobs: list[Job], cluster: Backend) -> int:
+    """Run or submit a chain whose files are written; what is never reached becomes CANCELLED."""
+    if cluster.chained_by_cluster:
+        return cluster.run(jobs)
+    for job in jobs:
+        state.submitted(job)
+    code = cluster.run(jobs)
+    for job in jobs:
+        if (state.read(job.state_file) or {}).get("state") == "SUBMITTED":
+            state.cancelled(job.state_file)
+    return code
+
+
+def stages_of(cfg: DictConfig, jobs: list[Job]) -> tuple[Stage, ...]:
+    """The jobs of a configuration as the manifest names them."""
+    return tuple(
+        Stage(job.stage, job.name, job.results_dir, log_dir(cfg[job.stage], job.results_dir))
+        for job in jobs
+    )
+
+
+def log_dir(part: DictConfig, results_dir: Path) -> Path:
+    """Where a stage writes its progress and its results."""
+    manager = part.get("exp_manager") or {}
+    folder = manager.get("explicit_log_dir")
+    if not folder and manager.get("exp_dir"):
+        folder = Path(str(manager["exp_dir"])) / str(manager.get("name") or "default")
+    return Path(str(folder)).absolute() if folder else results_dir / "results"
+
+
+def record(cfg: DictConfig, chains: list[Chain], command: Command | None) -> None:
+    """Add the launch to the manifest of the results root."""
+    root = Path(str(cfg.base_results_dir)).expanduser().absolute()
+    try:
+        manifest.record(root, Launch(cfg.cluster_type, tuple(chains), command, state.now()))
+    except OSError as error:
+        # Stages may have folders elsewhere; what is lost is finding the run by its folder.
+        print(f"warning: {root}/{manifest.NAME}: {error.strerror}", file=sys.stderr)
 
 
 def plan(cfg: DictConfig, cluster: Backend) -> list[Job]:

@@ -849,6 +849,13 @@ STAGE_SCHEMAS: dict[str, type] = {
 
 
 @keys
+class Sweep:
+    """How the points of `--multirun` run."""
+
+    max_parallel: Positive | None = None  # points at a time on Slurm
+
+
+@keys
 class Root:
     """The keys beside the stages and the cluster."""
 
@@ -861,6 +868,7 @@ class Root:
     container_mounts: list[str | None] = field(default_factory=list)
     wandb_api_key_file: Path | None = None
     env_vars: dict[EnvName, Scalar] = field(default_factory=dict)
+    sweep: Sweep = field(default_factory=Sweep)
     dry_run: bool = False
 
 

@@ -85,5 +85,13 @@ def failed(job: Job, exit_code: int) -> None:
     )
 
 
+def cancelled(path: Path) -> None:
+    """Say in a state file that its job was taken back; an end that is written already stands."""
+    state = read(path)
+    if state is None or state.get("state") in ENDED:
+        return
+    write_atomically(path, _line({**state, "state": "CANCELLED", "ended": now()}))
+
+
 def _line(state: dict[str, Any]) -> str:
     return json.dumps(state) + "\n"

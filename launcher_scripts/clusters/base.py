@@ -46,10 +46,6 @@ class Backend(ABC):
     def check_machine(self, jobs: list[Job]) -> list[str]:
         """What this machine lacks for running the jobs now; a dry run only warns of it."""
 
-    def check_queue(self, jobs: list[Job]) -> list[str]:
-        """Jobs of an earlier run that these would collide with; asked only before a real run."""
-        return []
-
     @abstractmethod
     def fields(self, job: Job, after: str | None) -> dict[str, Any]:
         """What the template needs besides `job`; `after` is the id of the job before."""

@@ -21,6 +21,9 @@ OURS = {
     **dict.fromkeys(("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node"), SIZES),
     **dict.fromkeys(("--array", "-a"), "one job is one stage; --multirun makes arrays"),
 }
+# As squeue names it: 12, or 12_3 for a task of an array.
+_TASK = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+JOB_ID = rf'${{SLURM_JOB_ID:+"\"{_TASK}\""}}'
 DEPENDENCY = r"[A-Za-z]+(:[0-9A-Za-z_+:]+)?"  # singleton, afterok:12:13, after:12+5
 
 
@@ -101,32 +104,10 @@ class Slurm(Backend):
             for tool in missing[:1]
         ]
 
-    def check_queue(self, jobs: list[Job]) -> list[str]:
-        """A queued job reads its config when it starts, so no other may be put in its place.
-
-        The same job once more is welcome where `singleton` lets it wait: it goes on from the
-        checkpoint of the first.
-        """
-        found = []
-        for job in jobs:
-            earlier = state.read(job.state_file) or {}
-            if not earlier.get("job_id") or earlier.get("state") in state.ENDED:
-                continue
-            same = job.config_path.is_file() and job.config_path.read_text() == job.config
-            if same and "singleton" in (job.dependency or ""):
-                continue
-            if (standing := track(earlier["job_id"])) is not None:
-                found.append(
-                    f"{job.stage}.run.results_dir: job {earlier['job_id']} of an earlier run is "
-                    f"{standing} and works in {job.results_dir}: wait for it, `scancel "
-                    f"{earlier['job_id']}`, or set another results_dir"
-                )
-        return found
-
     def fields(self, job: Job, after: str | None) -> dict[str, Any]:
         return {
             "directives": self._directives(job, after),
-            "job_id": r'${SLURM_JOB_ID:+"\"$SLURM_JOB_ID\""}',
+            "job_id": JOB_ID,
             "srun": lambda group: self._srun(job, group),
         }
 
@@ -255,21 +236,6 @@ def in_directive(value: str) -> str:
     if re.fullmatch(r"[\w@%+=:,./\[\]-]*", value):
         return value
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
-
-
-def track(job_id: str) -> str | None:
-    """The state of a job that is queued or runs, as submitit reads it from Slurm's accounts.
-
-    None where it has ended, or where the cluster keeps no accounts.
-    """
-    if shutil.which("sacct") is None:
-        return None
-    from submitit.slurm.slurm import SlurmInfoWatcher
-
-    watcher = SlurmInfoWatcher()
-    standing = watcher.get_state(job_id, mode="force")
-    ended = standing == "UNKNOWN" or watcher.is_done(job_id, mode="cache")
-    return None if ended else standing
 
 
 def submit(job: Job, script: str) -> str:

@@ -87,15 +87,31 @@ job = f"{1000 + number}"
 print(f"Submitted batch job {job}")
 sys.stdout.flush()
 (home / f"{job}.json").write_text(json.dumps(options))
-needed = re.findall(r"afterok:(\d+)", options.get("--dependency", ""))
-if any((home / f"{n}.rc").read_text() != "0" for n in needed) or (home / "hold").exists():
-    (home / f"{job}.rc").write_text("cancelled"); sys.exit(0)
-env = dict(os.environ, SLURM_JOB_ID=job, SLURM_NNODES=options["--nodes"],
-           SLURM_NTASKS_PER_NODE=options["--ntasks-per-node"])
-with open(options["--output"].replace("%j", job), "ab") as out, \
-        open(options["--error"].replace("%j", job), "ab") as err:
-    code = subprocess.run(["bash", script], env=env, stdout=out, stderr=err).returncode
-(home / f"{job}.rc").write_text(str(code))
+dependency = options.get("--dependency", "")
+(home / f"{job}.rc").write_text("0")
+def run(name, task=None):
+    before = re.findall(r"afterok:([\d:]+)", dependency)
+    needed = [n for ids in before for n in ids.split(":")]
+    needed += [f"{n}_{task}" for n in re.findall(r"aftercorr:(\d+)", dependency)]
+    if any((home / f"{n}.rc").read_text() != "0" for n in needed) or (home / "hold").exists():
+        (home / f"{name}.rc").write_text("cancelled")
+        return
+    env = dict(os.environ, SLURM_JOB_ID=job, SLURM_NNODES=options["--nodes"],
+               SLURM_NTASKS_PER_NODE=options["--ntasks-per-node"])
+    if task is not None:
+        env |= {"SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": str(task)}
+    logs = [re.sub("%[jA]", job, options[f"--{key}"]) for key in ("output", "error")]
+    with open(logs[0], "ab") as out, open(logs[1], "ab") as err:
+        code = subprocess.run(["bash", script], env=env, stdout=out, stderr=err).returncode
+    (home / f"{name}.rc").write_text(str(code))
+    if task is not None and code:
+        (home / f"{job}.rc").write_text(str(code))
+if "--array" not in options:
+    run(job)
+else:
+    first, last = options["--array"].split("%")[0].split("-")
+    for task in range(int(first), int(last) + 1):
+        run(f"{job}_{task}", task)
 """
 
 SRUN = r"""

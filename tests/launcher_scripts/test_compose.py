@@ -322,29 +322,30 @@ def test_help_names_stages_groups_and_exit_codes(command):
         assert word in answer.out
 
 
-def test_multirun_gives_each_point_a_folder(command):
+def test_multirun_gives_each_point_a_folder_and_runs_what_is_common_once(command):
     answer = command("-m", "stages=[data_prep,training]", "training.model.seed=1,2")
     assert answer.code == 0
-    folders = ["training", "data_prep_squad"]
-    scripts = [name for name in answer.written() if name.endswith(".sh")]
-    assert len(scripts) == 4
-    for number in ("0", "1"):
-        assert sum(f"/{number}/" in name for name in scripts) == len(folders)
+    scripts = [Path(name) for name in answer.written() if name.endswith("_submission.sh")]
+    assert sorted(script.parent.name for script in scripts) == [
+        "data_prep_squad",
+        "seed_1",
+        "seed_2",
+    ]
 
 
 def test_multirun_leaves_folders_that_differ_alone(command):
     answer = command("-m", "stages=data_prep", "data_prep.run.name=a,b")
-    scripts = [name for name in answer.written() if name.endswith(".sh")]
+    scripts = [name for name in answer.written() if name.endswith("_submission.sh")]
     assert [Path(name).parent.name for name in scripts] == ["data_prep_a", "data_prep_b"]
 
 
 def test_a_sweep_links_eval_to_its_own_adapter(command):
     command("-m", "stages=[adapter_learning,eval]", "adapter_learning.model.seed=1,2")
     answer = command("-m", "stages=[adapter_learning,eval]", "adapter_learning.model.seed=1,2")
-    for number in ("0", "1"):
-        (path,) = answer.folder.glob(f"results/gpt3_5b/eval_squad/{number}/*_hydra.yaml")
+    for point in ("seed_1", "seed_2"):
+        (path,) = answer.folder.glob(f"results/gpt3_5b/eval_squad/{point}/*_hydra.yaml")
         (adapter,) = OmegaConf.load(path).model.adapters
-        assert f"adapter_learning_squad/{number}/" in adapter.path
+        assert f"adapter_learning_squad/{point}/" in adapter.path
 
 
 def test_a_wrong_point_of_a_sweep_runs_none(command):

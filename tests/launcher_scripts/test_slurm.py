@@ -358,13 +358,15 @@ def rerun(slurm: Path, tmp_path: Path, standing: str, **changes: Any) -> int:
 
 def test_a_queued_jobs_config_is_not_changed_under_it(slurm, tmp_path, capsys):
     assert rerun(slurm, tmp_path, "PENDING", adapter_learning__model__seed=7) == 2
-    assert "job 1001 of an earlier run is PENDING" in capsys.readouterr().err
+    assert "job 1001 (PENDING on n1, submitted " in capsys.readouterr().err
     (config,) = (tmp_path / "results/tiny" / LEARN).glob("*_hydra.yaml")
     assert "seed" not in config.read_text()
 
 
-def test_the_same_job_may_queue_behind_itself_as_singleton(slurm, tmp_path):
-    assert rerun(slurm, tmp_path, "RUNNING") == 0
+def test_the_same_job_is_not_launched_twice(slurm, tmp_path, capsys):
+    assert rerun(slurm, tmp_path, "RUNNING") == 2
+    assert "job 1001 (RUNNING on n1, submitted " in capsys.readouterr().err
+    assert (slurm / "jobs").read_text() == "1"
 
 
 def test_a_job_that_ended_is_in_nobodys_way(slurm, tmp_path):
