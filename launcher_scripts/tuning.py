@@ -67,12 +67,16 @@ def check_tuning(
     if idle:
         said = ", ".join(short(f"{key}.peft.{block}") for block in idle)
         notices.append(f"{name}: without effect, since peft_scheme is {','.join(names)}: {said}")
+    _together(f"{key}.peft", peft, names, report)
     _composed(f"{key}.peft", peft, names, report)
     _room(key, model, peft, names, report)
 
 
 def _known(key: str, names: list[str], report: Report) -> bool:
     """Whether all schemes are known and go together."""
+    if not names:
+        report(key, f"is empty: name some of {', '.join(BLOCKS)}; none trains the whole model")
+        return False
     unknown = [name for name in names if name not in BLOCKS]
     for name in unknown:
         near = closest(name, BLOCKS)
@@ -88,6 +92,31 @@ def _known(key: str, names: list[str], report: Report) -> bool:
         report(key, f"{','.join(names)}: none trains the whole model and goes with no other method")
         return False
     return True
+
+
+def _together(key: str, peft: dict[str, Any], schemes: list[str], report: Report) -> None:
+    """Settings of the chosen methods that do not go together, as the methods see it."""
+    blocks = {str(BLOCKS[name]): peft.get(str(BLOCKS[name])) for name in schemes}
+    chosen = {name: block for name, block in blocks.items() if isinstance(block, dict)}
+    for name, block in chosen.items():
+        strategy = block.get("position_embedding_strategy")
+        if strategy is not None and block.get("weight_tying") is False:
+            what = f"{shown(strategy)} tells tied layers apart: set weight_tying to True, or null"
+            report(f"{key}.{name}.position_embedding_strategy", what)
+        for field in ("target_modules", "tunable_base_param_names"):
+            if block.get(field) == []:
+                report(f"{key}.{name}.{field}", "is empty: name some")
+    lora, prompts = chosen.get("lora_tuning", {}), chosen.get("p_tuning", {})
+    if lora.get("dora") is True and lora.get("weight_tying") is True:
+        report(f"{key}.lora_tuning.dora", "goes with untied layers: set weight_tying to False")
+    if "qlora" in schemes and lora.get("dora") is True:
+        report(f"{key}.lora_tuning.dora", "reads weights that qlora holds in 4 bits: use lora")
+    if {"qlora", "selective"} <= set(schemes):
+        what = "selective trains parameters of the base, which qlora holds in 4 bits: use lora"
+        report(f"{key}.peft_scheme", what)
+    size = prompts.get("embedding_dim")
+    if prompts.get("encoder") == "lstm" and isinstance(size, int) and size % 2:
+        report(f"{key}.p_tuning.embedding_dim", f"{size}: an lstm needs an even number")
 
 
 def _composed(key: str, peft: dict[str, Any], schemes: list[str], report: Report) -> None:

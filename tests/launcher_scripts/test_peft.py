@@ -87,10 +87,48 @@ def test_a_scheme_is_one_name_or_many(command, value, names):
             [f"{SCHEME}=ptuning", "peft.model.encoder_seq_length=11"],
             "11 leaves no room behind 10 virtual tokens: at least 12",
         ),
+        ([f"{SCHEME}=[]"], "peft_scheme: is empty: name some of adapter, "),
     ],
 )
 def test_a_wrong_method_is_one_line(command, words, said):
     refused(command(PEFT, *words), said)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "said"),
+    [
+        ("[qlora,selective]", [], "peft_scheme: selective trains parameters of the base"),
+        ("qlora", ["lora_tuning.dora=True"], "lora_tuning.dora: reads weights that qlora holds"),
+        (
+            "lora",
+            ["lora_tuning.dora=True", "lora_tuning.weight_tying=True"],
+            "lora_tuning.dora: goes with untied layers",
+        ),
+        ("lora", ["lora_tuning.target_modules=[]"], "lora_tuning.target_modules: is empty"),
+        (
+            "adapter",
+            ["adapter_tuning.position_embedding_strategy=add"],
+            "adapter_tuning.position_embedding_strategy: add tells tied layers apart",
+        ),
+        (
+            "selective",
+            ["selective_tuning.tunable_base_param_names=[]"],
+            "selective_tuning.tunable_base_param_names: is empty",
+        ),
+        (
+            "ptuning",
+            ["p_tuning.encoder=lstm", "p_tuning.embedding_dim=7"],
+            "p_tuning.embedding_dim: 7: an lstm needs an even number",
+        ),
+    ],
+)
+def test_what_a_method_would_refuse_in_its_job_is_refused_before_it(
+    command, scheme, settings, said
+):
+    words = [f"peft.model.peft.{setting}" for setting in settings]
+    refused(command(PEFT, f"{SCHEME}={scheme}", *words), said)
+    if settings:  # of another method they have no effect, which a notice says
+        assert command(PEFT, f"{SCHEME}=ia3", *words).code == 0
 
 
 def test_an_unknown_scheme_lists_the_known_ones(command):

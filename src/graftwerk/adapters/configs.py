@@ -205,6 +205,8 @@ def schemes(peft: Mapping[Any, Any]) -> list[str]:
     words: Sequence[Any] = given if _is_list(given) else [WHOLE if given is None else given]
     names = [name.strip() for word in words for name in str(word).split(",")]
     key = f"model.peft.peft_scheme={','.join(names)}"
+    if not names:
+        raise UserError("model.peft.peft_scheme is empty: none trains the whole model")
     for name in names:
         if name not in (*SCHEMES, FUSION, WHOLE):
             known = ", ".join([*SCHEMES, FUSION, WHOLE])

@@ -122,6 +122,7 @@ def test_qlora_is_lora_by_another_base():
         ({"peft_scheme": "lora,lora"}, "name each method once"),
         ({"peft_scheme": "lora,qlora"}, "lora or qlora"),
         ({"peft_scheme": "none,ia3"}, "goes with no other method"),
+        ({"peft_scheme": []}, "is empty: none trains the whole model"),
         (
             {"peft_scheme": "lora", "lora_tuning": {"r": 8}},
             r"model.peft.lora_tuning.r is not known",
