@@ -120,34 +120,11 @@ def hold(jobs: Sequence[Job]) -> Iterator[None]:
 
 def _take(path: Path, lock: dict[str, Any], job: Job) -> None:
     """Put the lock where there is none, or where the one there is stale."""
-    beside = path.with_name(f".lock.json.{os.getpid()}.{threading.get_ident()}")
-    beside.write_text(json.dumps(lock) + "\n", encoding="utf-8")
-    try:
-        while True:
-            try:
-                os.link(beside, path)  # fails where there is one, also for two at a time
-                return
-            except FileExistsError:
-                pass
-            there = state.read(path)
-            if there is not None and _lives(there, path):
-                raise LaunchError(_refusal(job, told(there)))
-            _remove(path, there)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _remove(path: Path, stale: dict[str, Any] | None) -> None:
-    """Take a stale lock away, unless somebody else has done so and put his own there."""
-    aside = path.with_name(f".lock.json.stale.{os.getpid()}.{threading.get_ident()}")
-    try:
-        path.replace(aside)
-    except FileNotFoundError:
-        return
-    if state.read(aside) != stale:
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
+    with state.alone(path.parent):
+        there = state.read(path)
+        if there is not None and _lives(there, path):
+            raise LaunchError(_refusal(job, told(there)))
+        state.write_atomically(path, json.dumps(lock) + "\n")
 
 
 def _beat(paths: list[Path], over: threading.Event) -> None:

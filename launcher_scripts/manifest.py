@@ -4,11 +4,8 @@ A file holds every launch below its folder, the newest last, since several pipel
 `base_results_dir`. It is what `action=...` reads to find a run from a folder alone.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,23 +105,11 @@ def _stage(entry: dict[str, Any]) -> Stage:
 def record(root: Path, launch: Launch) -> None:
     """Add a launch to the manifest, in place of those that it repeats."""
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    with state.alone(root):
         kept = [old for old in read(root) if not old.folders <= launch.folders]
         entries = [asdict(entry) for entry in [*kept, launch]]
         text = json.dumps({"launches": entries}, indent=1, default=str)
         state.write_atomically(root / NAME, text + "\n")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One launcher at a time; the lock is the folder's own and leaves no file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks: the rename has to do
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def of_folder(folder: Path) -> tuple[list[Launch], Path | None]:

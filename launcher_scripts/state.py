@@ -1,7 +1,10 @@
 """`state.json`: how a job stands, also where the cluster keeps no accounts."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,18 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One launcher at a time; the lock is the folder's own and leaves no file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: the rename has to do
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def submitted(job: Job) -> dict[str, Any]:
