@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.adapters.part import PartLinear
+from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.slots import Action, Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -114,6 +115,7 @@ class Fusion(nn.Module):
     """
 
     temperature: Tensor
+    ranks: Ranks = ALONE  # those that find summands of its gradients
 
     def __init__(self, site: Site, config: FusionConfig):
         super().__init__()
@@ -180,7 +182,7 @@ class Fusion(nn.Module):
             return torch.zeros((), device=next(self.parameters(), torch.empty(0)).device)
         weight = self.value.weight
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        return 0.01 * (identity - weight).square().sum()
+        return self.ranks.counted_once(0.01 * (identity - weight).square().sum())
 
 
 def fuse(
@@ -203,6 +205,6 @@ def fuse(
         updates.append(part.update(call, inner))
     hidden, weights = fusion(start.query, torch.stack(updates, -2), start.residual)
     if call.flow.record is not None:
-        site = fusion.site
+        site, weights = fusion.site, call.flow.row.columns(weights.detach())
         call.flow.record.note_fusion(fusion.name, site.layer, LOCATIONS[site.name], weights)
     return final.finish(call, hidden)

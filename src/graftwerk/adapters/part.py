@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -20,12 +21,23 @@ class Layout:
 
     `dim`: the dimension that is split; None: every rank holds the whole. `blocks`: the dimension
     is this many runs, each split apart. `partial_grad`: each rank's gradient of a whole parameter
-    is one summand, to be added up before clipping.
+    is one summand, to be added up before clipping. `size`: of the whole dimension, where the shares
+    may differ by one; 0: all are alike.
     """
 
     dim: int | None = None
     blocks: int = 1
     partial_grad: bool = False
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """What tensor-parallel ranks add up in a forward and in a backward pass: one word for each
+    all-reduce, with the shape of what it carries."""
+
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
 
 
 class Part(nn.Module, ABC):
@@ -35,7 +47,8 @@ class Part(nn.Module, ABC):
     of its input. `unmergeable` says why a part cannot be merged into the base's weights, if so;
     `unsuited` why it has no meaning in a block of a composition, by the block's name. `whole_row`:
     what it does at a token depends on tokens behind it. `adapter` and `site` are set when it is
-    added to a model.
+    added to a model. `ranks` are those that split the slot's input, so that its output on each is a
+    summand of the whole; alone in all slots whose output is no sum.
     """
 
     unmergeable: str | None = "it computes what the weights of a projection cannot hold"
@@ -43,6 +56,7 @@ class Part(nn.Module, ABC):
     whole_row: bool = False
     adapter: str = ""
     site: Site
+    ranks: Ranks = ALONE
     method: Any = None  # of a union's methods the one that made it
 
     @abstractmethod
@@ -54,7 +68,10 @@ class Part(nn.Module, ABC):
         self.requires_grad_(True)
 
     def attach(self, sublayer: nn.Module) -> None:
-        """Gives a new part the sublayer that owns its slot, in case it reads the base's weights."""
+        """Gives a new part the sublayer that owns its slot, in case it reads the base's weights.
+
+        Over several devices the part has its share already, as the sublayer has.
+        """
 
     def place(self, index: int, count: int) -> None:
         """Tells a part that shares its weights in which of `count` layers it is."""
@@ -73,6 +90,13 @@ class Part(nn.Module, ABC):
     def layouts(self, site: Site) -> dict[str, Layout]:
         """The layout of each parameter that is not simply held whole, in a slot at this site."""
         return {}
+
+    def collectives(self, site: Site) -> Collectives:
+        """What the part itself sends in a slot at this site where features are split.
+
+        Nothing, for a method whose layouts say all.
+        """
+        return Collectives()
 
 
 POSITION_STRATEGIES = ("add", "concat", "mlpconcat", "biasadd")

@@ -21,11 +21,12 @@ class Replacements(nn.Module):
 
     def add(self, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
         """Copies parameters of the base for an adapter."""
-        copies = {
-            key.replace(".", "/"): nn.Parameter(parameter.detach().clone())
-            for key, parameter in parameters.items()
-        }
-        self.copies[name] = nn.ParameterDict(copies)
+        copies = nn.ParameterDict()
+        for key, parameter in parameters.items():
+            copy = nn.Parameter(parameter.detach().clone())
+            vars(copy).update(vars(parameter))  # how it lies over devices
+            copies[key.replace(".", "/")] = copy
+        self.copies[name] = copies
 
     def remove(self, name: str) -> None:
         """Forgets an adapter's copies; it is not active."""

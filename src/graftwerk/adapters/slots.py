@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.adapters.mixin import AdapterSlotMixin
+from graftwerk.adapters.ranks import ALONE, Ranks
 
 Split = Literal["replicated", "column", "row"]
 
@@ -108,7 +109,8 @@ class Flow:
     first column (negative: columns of prompts). `rows` [B]: the rows' numbers in the batch that the
     composition means, where some have left it. `task_ids` [B]: each row's task. `record`: where
     parts note what they are asked to. `distances`: what a T5's table of distances says of prefixes
-    (`methods.prefix.PrefixTuningConfig`), `unplaced`: layers whose self-attention has none.
+    (`methods.prefix.PrefixTuningConfig`), `unplaced`: layers whose self-attention has none. `row`:
+    the ranks among which the row's columns are split.
     """
 
     actions: Mapping[str, "Action"] = field(default_factory=dict)
@@ -118,6 +120,7 @@ class Flow:
     record: Record | None = None
     distances: str = "none"
     unplaced: frozenset[int] = frozenset()
+    row: Ranks = ALONE
 
 
 @dataclass(slots=True)

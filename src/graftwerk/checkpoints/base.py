@@ -140,6 +140,7 @@ def load_base(
     mesh: DeviceMesh | None = None,
     seed: int = 0,
     quantize: str | None = None,
+    wanted: Callable[[str], bool] | None = None,
 ) -> GPT | T5 | BERT:
     """Reads a base model; the result is in eval mode.
 
@@ -152,6 +153,7 @@ def load_base(
         head: for a BERT: one of `models.config.HEADS`. Where the file's head is another one, the
             model gets a fresh one with `num_labels`, random by `seed`.
         quantize: `nf4` holds the projections in 4 bits, by `bitsandbytes`; the rest is `dtype`.
+        wanted: whether a parameter is read; the others stay on the meta device. None: all are.
 
     Raises:
         UserError: where the checkpoint is missing, of an unknown architecture, or does not fit, and
@@ -159,10 +161,10 @@ def load_base(
     """
     if quantize is not None:
         quantizer(quantize)
-        if mesh is not None:
+        if mesh is not None or wanted is not None:
             raise UserError(
                 f"quantize={quantize}: 4-bit weights are not split over devices: set "
-                f"model.tensor_model_parallel_size to 1"
+                f"model.tensor_model_parallel_size and pipeline_model_parallel_size to 1"
             )
     place = device if quantize is None else "cpu"
     with open_checkpoint(path, revision) as checkpoint:
@@ -172,13 +174,10 @@ def load_base(
         with torch.device("meta"):
             model = build_model(config)
         if mesh is not None:
-            if not isinstance(model, GPT):
-                raise UserError(
-                    f"{checkpoint.path}: a {config.architecture} model is not split over devices "
-                    f"yet: set model.tensor_model_parallel_size to 1"
-                )
             parallelize(model, mesh)
-        own = {name for name, _ in model.named_parameters()}
+        if wanted is not None:
+            _type_absent(model, wanted, dtype)
+        own = {name for name, _ in model.named_parameters() if wanted is None or wanted(name)}
         table = {name: entry for name, entry in checkpoint.table.items() if name in own}
         others = {n for k, e in checkpoint.table.items() if k not in own for n in e.names}
         fill(
@@ -195,6 +194,13 @@ def load_base(
         if quantize is not None:
             quantize_projections(model, quantize, device, dtype)
     return model.eval()
+
+
+def _type_absent(model: torch.nn.Module, wanted: Callable[[str], bool], dtype: torch.dtype) -> None:
+    """Gives what is not read the type of what is."""
+    for name, parameter in list(model.named_parameters()):
+        if not wanted(name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _with_head(

@@ -3,8 +3,12 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftwerk.parallel.vocabulary import Vocabulary
 
-def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+
+def answer_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, vocabulary: Vocabulary | None = None
+) -> Tensor:
     """Weighted sum of cross-entropies (nats), as a float32 scalar.
 
     A sum, not a mean: the divisor is the weight of the global batch, which no micro-batch knows.
@@ -14,10 +18,16 @@ def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
             tokens here, -inf at padding.
         labels: [N] int64.
         weights: [N] float32.
+        vocabulary: how words are split over ranks, where `logits` are those of this rank's words
+            alone, as under `parallel.vocabulary.split_logits`. The loss is the same on all ranks.
     """
-    return label_losses(logits, labels, weights).sum()
+    return label_losses(logits, labels, weights, vocabulary).sum()
 
 
-def label_losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def label_losses(
+    logits: Tensor, labels: Tensor, weights: Tensor, vocabulary: Vocabulary | None = None
+) -> Tensor:
     """The weighted cross-entropy of each label [N], float32; of the arguments of `answer_loss`."""
+    if vocabulary is not None:
+        return vocabulary.losses(logits, labels) * weights
     return F.cross_entropy(logits.float(), labels, reduction="none") * weights

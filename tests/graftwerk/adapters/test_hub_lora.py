@@ -343,17 +343,3 @@ def test_shares_of_two_devices_make_the_whole(kind, site):
             torch.testing.assert_close(sum(grads[name]), parameter.grad, msg=name)
         else:
             torch.testing.assert_close(torch.cat(grads[name], layout.dim), parameter.grad, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("kind", "site", "said"),
-    [
-        ("lora_gated", WHOLE, "use_gating=True on fc2 does not split over devices"),
-        ("dora", WHOLE, "use_dora=True on fc2 does not split over devices"),
-        ("ia3", WHOLE, "composition_mode='scale' on fc2 does not split over devices"),
-        ("vera", UP, "VeRA on up does not split over devices"),
-    ],
-)
-def test_what_does_not_split_over_devices_is_refused_by_name(kind, site, said):
-    with pytest.raises(UserError, match=said):
-        part_of(KINDS[kind], site).layouts(site)

@@ -252,7 +252,6 @@ def test_one_step_and_a_merge_on_two_ranks_equal_one_process(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dora": True}, r"dora=True on fc2 does not split over devices yet: target attention_qkv"),
         (
             {"weight_tying": True, "position_embedding_strategy": "concat"},
             r"position_embedding_strategy='concat' on fc2 does not split .* use 'add'",

@@ -1,59 +1,78 @@
 """Ranks that read their share of a checkpoint against one process that reads all of it."""
 
+import os
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from graftwerk.adapters import LoRAConfig
 from graftwerk.checkpoints import load_base
-from graftwerk.errors import UserError
+from graftwerk.models import BERT, GPT, T5
 from graftwerk.parallel.tensor import gather, layout_of
 from tests.graftwerk import families
+from tests.graftwerk.parallel.two_ranks import on_two_ranks
 from tests.graftwerk.tiny import tokens
 
-# A file of fused and transposed projections, one of separate ones, one that is already as ours.
-NAMES = ("gpt2", "llama", "neox")
+# A file of fused and transposed projections, of separate ones, one that is already as ours; others.
+NAMES = ("gpt2", "llama", "neox", "t5", "bert")
+FOLDER = "GRAFTWERK_TEST_FOLDER"
+
+
+def answer(model: GPT | T5 | BERT) -> Tensor:
+    return model(tokens(), source=tokens(seed=1)) if isinstance(model, T5) else model(tokens())
+
+
+def dora(model: GPT | T5 | BERT) -> dict[str, Tensor]:
+    """What a fresh DoRA on every projection holds: lengths of the base's rows among it."""
+    torch.manual_seed(0)
+    settings = {"row_init_method": "normal", "target_modules": ("all",)}
+    model.add_adapter("a", LoRAConfig(dim=2, dora=True, **settings))
+    model.set_active("a")
+    return model.adapter_state("a")
 
 
 @torch.no_grad()
-def load_share(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+def load_shares(mesh: DeviceMesh) -> dict[str, tuple]:
+    found = {}
     for name in NAMES:
-        model = load_base(folder / name, mesh=mesh)
+        model = load_base(Path(os.environ[FOLDER]) / name, mesh=mesh)
         state = {
             key: gather(parameter, layout_of(parameter), mesh.get_group())
             for key, parameter in model.named_parameters()
         }
-        kept = sum(parameter.numel() for parameter in model.decoder.layers.parameters())
-        torch.save((state, model(tokens()), kept), folder / f"{name}{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        kept = sum(parameter.numel() for parameter in model.parameters())
+        plain = answer(model)
+        born = {key: value.clone() for key, value in dora(model).items()}
+        double = {key: 2 * value for key, value in born.items()}
+        model.load_adapter_state("a", double)
+        loaded = model.adapter_state("a")
+        assert all(torch.equal(loaded[key], value) for key, value in double.items())
+        model.load_adapter_state("a", born)
+        found[name] = (state, kept, plain, born, answer(model))
+    return found
 
 
 @torch.no_grad()
-def test_two_ranks_that_read_their_shares_hold_the_whole_model(tmp_path: Path):
+def test_two_ranks_that_read_their_shares_hold_the_whole_model(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
     for name in NAMES:
         families.write(name, tmp_path / name)
-    mp.spawn(load_share, (tmp_path,), nprocs=2)
+    ranks = on_two_ranks(load_shares, tmp_path)
     for name in NAMES:
         whole = load_base(tmp_path / name)
-        total = sum(parameter.numel() for parameter in whole.decoder.layers.parameters())
-        for rank in (0, 1):
-            state, logits, kept = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
-            torch.testing.assert_close(logits, whole(tokens()), rtol=1e-5, atol=1e-5)
-            assert all(torch.equal(state[key], value) for key, value in whole.named_parameters())
-            assert kept < 0.55 * total
-
-
-def test_an_encoder_is_not_split_yet(tmp_path: Path):
-    families.write("bert", tmp_path / "bert")
-    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        with pytest.raises(UserError, match="tensor_model_parallel_size"):
-            load_base(tmp_path / "bert", mesh=init_device_mesh("cpu", (1,)))
-    finally:
-        dist.destroy_process_group()
+        total = sum(parameter.numel() for parameter in whole.parameters())
+        base, plain = dict(whole.named_parameters()), answer(whole)
+        born = dora(whole)
+        adapted = answer(whole)
+        for of_rank in ranks:
+            state, kept, found, found_born, found_adapted = of_rank[name]
+            assert state.keys() == base.keys()
+            assert all(torch.equal(state[key], value) for key, value in base.items())
+            assert kept < (0.8 if name == "bert" else 0.55) * total  # a BERT's words are whole
+            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+            assert found_born.keys() == born.keys()
+            for key, value in born.items():
+                torch.testing.assert_close(found_born[key], value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found_adapted, adapted, rtol=1e-4, atol=1e-4)

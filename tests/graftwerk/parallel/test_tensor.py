@@ -1,88 +1,92 @@
 """Tensor parallelism over two gloo processes against one process, in double precision."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from graftwerk.adapters import (
-    BottleneckConfig,
-    IA3Config,
-    LoRAConfig,
-    PrefixTuningConfig,
-    PTuningConfig,
-    Stack,
-)
 from graftwerk.errors import UserError
-from graftwerk.models import GPT
-from graftwerk.parallel.tensor import gather, layout_of, parallelize, sum_partial_gradients
-from tests.graftwerk.tiny import SHAPES, shake, tiny_gpt, tokens
+from graftwerk.parallel.tensor import (
+    gather,
+    layout_of,
+    norm_squared,
+    parallelize,
+    sum_partial_gradients,
+)
+from tests.graftwerk.parallel import cases
+from tests.graftwerk.parallel.two_ranks import on_two_ranks
+from tests.graftwerk.tiny import tiny_gpt
 
-TARGETS = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")
-ADAPTERS = {
-    "lora": LoRAConfig(dim=4, alpha=8, target_modules=TARGETS),
-    "ia3": IA3Config(),
-    "bottleneck": BottleneckConfig(dim=4),
-    "tied": LoRAConfig(dim=2, weight_tying=True),
-    "prompt": PTuningConfig(virtual_tokens=2, embedding_dim=6, bottleneck_dim=4),
-    "prefix": PrefixTuningConfig(prefix_length=2, bottleneck_dim=4),
-    "rows": PrefixTuningConfig(prefix_length=2, reparametrise=False),
-}
-
-
-def model_with_adapters(shape: str) -> GPT:
-    model = tiny_gpt(SHAPES[shape]).double()
-    for seed, (name, config) in enumerate(ADAPTERS.items()):
-        model.add_adapter(name, config)
-        for _, _, part in model.parts(name):
-            shake(part.double(), seed)
-    model.freeze_base()
-    model.set_active(Stack(*ADAPTERS))
-    return model
+PAIRS = [
+    *(("t5", name) for name in cases.CASES),
+    *(("gpt2", name) for name in cases.CASES),
+    *(("llama", name) for name in ("lora_fused", "lora_apart", "ia3", "prefix", "selective")),
+    *(("native_t5", name) for name in ("dora", "ia3_everywhere", "selective", "stack")),
+    *(("bert", name) for name in ("lora_fused", "bottleneck", "unipelt", "stack", "selective")),
+]
 
 
-def one_step(model: GPT, reduce: Callable[[], None] = lambda: None) -> None:
-    """One plain SGD step, so that weights differ by exactly the gradient."""
-    batch = tokens()
-    logits = model(batch[:, :-1]).flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten()).backward()
-    reduce()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    torch.optim.SGD(trainable, lr=1.0).step()
-
-
-def two_ranks(rank: int, folder: Path, shape: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    group = mesh.get_group()
-    model = model_with_adapters(shape)
+def compare(shape: str, name: str, mesh: DeviceMesh, sequence: bool = False) -> list[str]:
+    """What differs between one process and this rank of two, after one step on each."""
+    case, group = cases.CASES[name], mesh.get_group()
+    plain, model = cases.make(shape, case), cases.make(shape, case)
     parallelize(model, mesh)
-    one_step(model, lambda: sum_partial_gradients(model.parameters(), group))
-    state = {
-        name: gather(parameter.detach(), layout_of(parameter), group)
-        for name, parameter in model.named_parameters()
-    }
-    torch.save((state, model(tokens()).detach()), folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    born = {key: p.detach().clone() for key, p in model.named_parameters()}
+    expected = cases.step(plain, lambda parameters: None)
+    found = cases.step(model, lambda parameters: sum_partial_gradients(parameters, group))
+    wrong = [] if torch.allclose(found, expected, rtol=1e-10) else [f"loss {found} {expected}"]
+    grads, squares = [], torch.zeros((), dtype=torch.float64)
+    for (key, p), (_, whole) in zip(
+        model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        if not whole.requires_grad:
+            if not torch.equal(p, born[key]):
+                wrong.append(f"{key} is frozen and has changed")
+            continue
+        if whole.grad is None or p.grad is None:
+            if any(grad is not None and grad.any() for grad in (whole.grad, p.grad)):
+                wrong.append(f"only one side has a gradient of {key}")
+            continue
+        squares += whole.grad.square().sum()
+        got = gather(p.grad, layout_of(p), group)
+        scale = whole.grad.abs().max() + 1e-3
+        if got.shape != whole.grad.shape or (got - whole.grad).abs().max() > 1e-9 * scale:
+            ratio = (
+                (got / whole.grad).flatten()[:3].tolist() if got.shape == whole.grad.shape else ""
+            )
+            wrong.append(f"gradient of {key} {layout_of(p)} {ratio}")
+        if layout_of(p).dim is None:
+            grads.append(p.detach().flatten())
+    norm = norm_squared(cases.trained(model).values(), group)
+    if not torch.allclose(norm, squares, rtol=1e-9):
+        wrong.append(f"norm {norm} {squares}")
+    if grads:
+        mine = torch.cat(grads)
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        if not torch.equal(*both):
+            wrong.append("replicated parameters differ between ranks")
+    with torch.no_grad():
+        if not torch.allclose(cases.run(model), cases.run(plain), rtol=1e-8, atol=1e-9):
+            wrong.append("answer after the step")
+    return wrong
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_one_step_on_two_ranks_equals_one_process(shape: str, tmp_path: Path):
-    mp.spawn(two_ranks, (tmp_path, shape), nprocs=2)
-    plain = model_with_adapters(shape)
-    born = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
-    one_step(plain)
-    for rank in (0, 1):
-        state, logits = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        torch.testing.assert_close(logits, plain(tokens()), rtol=1e-9, atol=1e-9)
-        for name, parameter in plain.named_parameters():
-            torch.testing.assert_close(state[name], parameter, rtol=1e-9, atol=1e-9)
-            assert parameter.requires_grad != torch.equal(parameter, born[name]), name
+def all_pairs(mesh: DeviceMesh) -> dict[str, list[str]]:
+    return {f"{shape} {name}": compare(shape, name, mesh) for shape, name in PAIRS}
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+    return on_two_ranks(all_pairs, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize(("shape", "name"), PAIRS)
+def test_gradients_norm_and_answer_on_two_ranks_are_those_of_one(shape, name, differences):
+    for of_rank in differences:
+        assert of_rank[f"{shape} {name}"] == []
 
 
 def test_a_size_that_does_not_divide_is_refused_with_the_numbers(tmp_path: Path):
@@ -90,7 +94,7 @@ def test_a_size_that_does_not_divide_is_refused_with_the_numbers(tmp_path: Path)
     try:
         mesh = init_device_mesh("cpu", (1,))
         object.__setattr__(mesh, "size", lambda: 3)
-        with pytest.raises(UserError, match=r"size=3 .*num_attention_heads=4"):
+        with pytest.raises(UserError, match=r"size=3 .*num_attention_heads=4.*use one of 1, 2$"):
             parallelize(tiny_gpt(), mesh)
     finally:
         dist.destroy_process_group()

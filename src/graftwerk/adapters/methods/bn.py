@@ -262,7 +262,7 @@ class HubBottleneck(Part):
         update = self.dropout(update)
         if self.gate is None:
             return update
-        gate = self.gate(z)
+        gate = self.gate(z, row=call.flow.row)
         note_gate(self, call, LOCATIONS[self.site.name], gate)
         return update * gate[:, None]
 

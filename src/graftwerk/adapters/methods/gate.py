@@ -1,8 +1,10 @@
 """A learned gate: how much of a part an example gets (Mao et al. 2022, arXiv:2110.07577, 3.2)."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graftwerk.adapters.part import Part, PartLinear
+from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.slots import SlotCall
 
 
@@ -10,14 +12,17 @@ class Gate(PartLinear):
     """`mean over positions of sigmoid(w x + b)`, padding included: x [B, S, in] -> [B, n].
 
     One scalar an example for each of n gates. Weights are normal with deviation 0.02 at birth.
+    `features` and `row` are the ranks that split the input's features and its positions.
     """
 
     def __init__(self, in_features: int, gates: int = 1):
         super().__init__(in_features, gates)
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).sigmoid().mean(1)
+    def forward(self, input: Tensor, features: Ranks = ALONE, row: Ranks = ALONE) -> Tensor:
+        logits = features.sum(F.linear(input, self.weight.to(input.dtype)))
+        gates = (logits + self.bias.to(input.dtype)).sigmoid()
+        return features.joined(row.mean(gates))
 
 
 def note_gate(part: Part, call: SlotCall, place: str, gate: Tensor) -> None:

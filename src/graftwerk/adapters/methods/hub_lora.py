@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from graftwerk.adapters.methods.gate import Gate, note_gate
 from graftwerk.adapters.methods.lora import SLOTS
 from graftwerk.adapters.methods.projection import Projection
-from graftwerk.adapters.part import Layout, MethodSettings, Part, share_parameters
+from graftwerk.adapters.part import Collectives, Layout, MethodSettings, Part, share_parameters
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -195,20 +195,22 @@ class Gated(Part):
         if self.gate is None:
             return self.scale
         assert call.input is not None, "LoRA needs a slot of a projection"
-        gate = self.gate(call.input)
+        gate = self.gate(call.input, self.ranks)
         note_gate(self, call, self.location, gate)
         return gate[:, None]
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         if self.gate is None:
             return {}
-        if site.split == "row":  # the sigmoid wants the whole sum
-            raise UserError(
-                f"use_gating=True on {site.name} does not split over devices: use other places, or "
-                f"set model.tensor_model_parallel_size to 1"
-            )
+        if site.split == "row":  # its bias joins the whole sum, on every rank
+            return {"gate.weight": Layout(dim=1)}
         split = Layout(partial_grad=site.split == "column")
         return {"gate.weight": split, "gate.bias": split}
+
+    def collectives(self, site: Site) -> Collectives:
+        if self.gate is None or site.split != "row":
+            return Collectives()
+        return Collectives(("gate logits [B, S, 1]",), ("gate [B, 1]",))  # a sigmoid in between
 
 
 class HubLoRA(Gated):
@@ -233,7 +235,9 @@ class HubLoRA(Gated):
         if self.m is not None:
             self.projection.attach(sublayer)
             weight = self.projection.weight().detach().float()
-            self.m["weight"] = nn.Parameter(weight.norm(dim=1, keepdim=True))
+            lengths = self.projection.lengths(torch.zeros_like(weight), self.ranks)
+            with torch.no_grad():
+                self.m["weight"].copy_(lengths[:, None])
 
     def forward(self, call: SlotCall) -> Tensor:
         assert call.input is not None, "LoRA needs a slot of a projection"
@@ -252,10 +256,11 @@ class HubLoRA(Gated):
         """DoRA's `m / |W + B A|`, [out]; the length has a gradient, unlike the paper's."""
         assert self.m is not None
         if torch.is_grad_enabled():
-            length = self.projection.lengths(self.matrix())
+            length = self.projection.lengths(self.matrix(), self.ranks)
         else:
-            length = self.projection.kept_lengths(tuple(self.parameters()), self.matrix)
-        return self.m["weight"].squeeze(1) / length
+            made_of = tuple(self.parameters())
+            length = self.projection.kept_lengths(made_of, self.matrix, self.ranks)
+        return self.ranks.joined(self.m["weight"].squeeze(1) / length)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         merged = weight + self.scale * self.matrix()
@@ -267,14 +272,16 @@ class HubLoRA(Gated):
     def layouts(self, site: Site) -> dict[str, Layout]:
         if site.split == "replicated":
             return {}
-        if self.m is not None and site.split == "row":
-            raise UserError(
-                f"use_dora=True on {site.name} does not split over devices: use other places, or "
-                f"set model.tensor_model_parallel_size to 1"
-            )
-        rows = Layout(dim=0, blocks=site.blocks)
-        gains = {} if self.m is None else {"m.weight": rows}
+        gains = {}
+        if self.m is not None and site.split == "column":
+            gains["m.weight"] = Layout(dim=0, blocks=site.blocks)
         return super().layouts(site) | gains | self.matrix_layouts(site)
+
+    def collectives(self, site: Site) -> Collectives:
+        own = super().collectives(site)
+        if self.m is None or site.split != "row":
+            return own
+        return Collectives((*own.forward, "lengths [out]"), (*own.backward, "gain [out]"))
 
     def matrix_layouts(self, site: Site) -> dict[str, Layout]:
         """Those of A and B, as NeMo's LoRA has them."""
@@ -304,18 +311,24 @@ class HubVeRA(HubLoRA):
         self.shared.requires_grad_(False)
 
     def inner(self, x: Tensor) -> Tensor:
-        for weight in (self.shared["lora_A"], self.vera_D, self.shared["lora_B"], self.vera_B):
+        for weight in self.factors():
             x = F.linear(x, weight.to(x.dtype))
         return x
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, d, B and b, as they act on what is here of the input."""
+        down = self.ranks.share(self.shared["lora_A"], 1)  # all slots hold it whole
+        return down, self.vera_D, self.shared["lora_B"], self.vera_B
+
     def matrix(self) -> Tensor:
-        return self.vera_B @ self.shared["lora_B"] @ self.vera_D @ self.shared["lora_A"]
+        down, inner, up, outer = self.factors()
+        return outer @ up @ inner @ down
 
     def matrix_layouts(self, site: Site) -> dict[str, Layout]:
-        raise UserError(
-            f"VeRA on {site.name} does not split over devices: set "
-            f"model.tensor_model_parallel_size to 1"
-        )
+        outer = Layout(dim=0, blocks=site.blocks)
+        if site.split == "row":
+            outer = Layout(partial_grad=True)
+        return {"vera_D": Layout(partial_grad=True), "vera_B": outer}
 
 
 class HubMTLLoRA(HubLoRA):
@@ -381,10 +394,7 @@ class HubIA3(Gated):
         return bias * (self.scale * self.lora_B.squeeze(1))
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        if site.split == "row":
-            raise UserError(
-                f"composition_mode='scale' on {site.name} does not split over devices: its bias is "
-                f"added behind the slot; set model.tensor_model_parallel_size to 1"
-            )
-        rows = {"lora_B": Layout(dim=0, blocks=site.blocks)} if site.split == "column" else {}
-        return super().layouts(site) | rows
+        rows = Layout(partial_grad=site.split == "row")
+        if site.split == "column":
+            rows = Layout(dim=0, blocks=site.blocks)
+        return super().layouts(site) | {"lora_B": rows}

@@ -62,9 +62,6 @@ class Scale(Part):
         return bias * self.scalers
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        if site.split == "row":
-            raise UserError(
-                f"IA3 on {site.name} does not split over devices: its bias is added behind the "
-                f"slot; set model.tensor_model_parallel_size to 1"
-            )
-        return {"scalers": Layout(dim=0, blocks=site.blocks)} if site.split == "column" else {}
+        if site.split == "column":
+            return {"scalers": Layout(dim=0, blocks=site.blocks)}
+        return {"scalers": Layout(partial_grad=site.split == "row")}

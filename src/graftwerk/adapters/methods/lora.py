@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from graftwerk.adapters.methods.projection import Projection
 from graftwerk.adapters.methods.tied import LayerPosition
-from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, initialise
+from graftwerk.adapters.part import (
+    Collectives,
+    Layout,
+    MethodSettings,
+    Part,
+    PartLinear,
+    initialise,
+)
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -216,11 +223,12 @@ class DoRA(LoRA):
 
     def attach(self, sublayer: nn.Module) -> None:
         self.projection.attach(sublayer)
-        self.magnitude = nn.Parameter(self.projection.lengths(self.delta()).detach().float())
+        with torch.no_grad():
+            self.magnitude.copy_(self.projection.lengths(self.delta(), self.ranks))
 
     def forward(self, call: SlotCall) -> Tensor:
         gain = (self.magnitude / self.length()).to(call.output.dtype)
-        bias = self.projection.bias()  # a row-split one adds its bias behind the slot
+        bias = self.projection.bias() if self.ranks.first else None  # one summand has it
         made = call.output if bias is None else call.output - bias
         return call.output + (gain - 1) * made + gain * self.update(call)
 
@@ -228,17 +236,17 @@ class DoRA(LoRA):
         """The length of each row of W + scale B A, [out], without a gradient; kept until one of
         the three changes."""
         return self.projection.kept_lengths(
-            (self.linear_in.weight, self.linear_out.weight), self.delta
+            (self.linear_in.weight, self.linear_out.weight), self.delta, self.ranks
         )
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         return (self.magnitude / self.length())[:, None] * super().merged_weight(weight)
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        if site.split == "row":
-            raise UserError(
-                f"{KEY}dora=True on {site.name} does not split over devices yet: target "
-                f"attention_qkv and mlp_fc1, or set model.tensor_model_parallel_size to 1"
-            )
-        split = {"magnitude": Layout(dim=0, blocks=site.blocks)} if site.split == "column" else {}
-        return super().layouts(site) | split
+        split = Layout(partial_grad=True)  # on a row split it scales summands
+        if site.split == "column":
+            split = Layout(dim=0, blocks=site.blocks)
+        return super().layouts(site) | {"magnitude": split}
+
+    def collectives(self, site: Site) -> Collectives:
+        return Collectives(("lengths [out]",) if site.split == "row" else ())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.slots import Rows, Site
 from graftwerk.errors import UserError
 
@@ -20,7 +21,7 @@ class Projection:
         self.rows: Rows = site.rows
         self.key = key
         self._sublayer: nn.Module | None = None
-        self._kept: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+        self._kept: tuple[tuple[tuple[Tensor, int], ...], Tensor] = ((), torch.empty(0))
 
     def attach(self, sublayer: nn.Module) -> None:
         """Takes the sublayer that owns the slot.
@@ -50,16 +51,20 @@ class Projection:
         bias = self.linear.bias
         return None if bias is None else self.rows.of(bias).flatten(0, 2)
 
-    def lengths(self, delta: Tensor) -> Tensor:
-        """The length of each row of W + delta, [out], for delta [out, in]."""
-        return torch.linalg.vector_norm(self.weight().to(delta) + delta, dim=1)
+    def lengths(self, delta: Tensor, ranks: Ranks = ALONE) -> Tensor:
+        """The length of each row of W + delta, [out], for delta [out, in]; `ranks` split the in."""
+        return ranks.length(torch.linalg.vector_norm(self.weight().to(delta) + delta, dim=1))
 
     @torch.no_grad()
-    def kept_lengths(self, made_of: tuple[Tensor, ...], delta: Callable[[], Tensor]) -> Tensor:
-        """`lengths(delta())` without a gradient; computed again when W or one of `made_of`, which
-        delta is made of, has changed."""
-        tensors = (self.linear.weight, *made_of)
-        state = tuple(number for t in tensors for number in (id(t), t._version))
-        if state != self._kept[0]:
-            self._kept = state, self.lengths(delta())
+    def kept_lengths(
+        self, made_of: tuple[Tensor, ...], delta: Callable[[], Tensor], ranks: Ranks = ALONE
+    ) -> Tensor:
+        """`lengths(delta(), ranks)` without a gradient; computed again when W or one of `made_of`,
+        which delta is made of, has changed."""
+        state = tuple((t, t._version) for t in (self.linear.weight, *made_of))
+        held = self._kept[0]
+        if len(held) != len(state) or any(
+            was is not t or then != now for (was, then), (t, now) in zip(held, state, strict=True)
+        ):
+            self._kept = state, self.lengths(delta(), ranks)
         return self._kept[1]
