@@ -6,7 +6,8 @@
     python3 -m graftwerk merge --model MODEL --adapter ADAPTER --output PATH --format FORMAT
     python3 -m graftwerk inspect CHECKPOINT_OR_ADAPTER [--json]
 
-Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 checkpointed and to be requeued.
+Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 checkpointed and to be requeued,
+76 another process of the run was lost.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from graftwerk.errors import UserError
+from graftwerk.errors import Ended, StorageError, UserError, is_storage, one_line
 
 # Imported when asked for: `score` needs no torch, and a wrong name needs nothing. The learning
 # stages are one, which is told its name.
@@ -86,14 +87,17 @@ def guarded(argv: list[str]) -> int:
         return FAILED
     except UserError as error:
         if first_rank():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        leave_group(together=False)
-        return WRONG_INPUT
-    except Exception:
-        traceback.print_exc()
-        leave_group(together=False)
-        return FAILED
-    leave_group(together=True)
+            print(one_line(error), file=sys.stderr)
+        code = WRONG_INPUT
+    except Ended as end:
+        code = int(end.code or FAILED)
+    except Exception as error:
+        if isinstance(error, StorageError) or is_storage(error):
+            print(one_line(error), file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = FAILED
+    leave_group()
     return code
 
 
@@ -103,13 +107,11 @@ def first_rank() -> bool:
     return rank == "0"
 
 
-def leave_group(together: bool) -> None:
+def leave_group() -> None:
     """Ends the process group where there is one; gloo aborts a process that leaves it open."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
-    if together:  # a process that failed would wait for the others in vain
-        distributed.barrier()
     distributed.destroy_process_group()
 
 

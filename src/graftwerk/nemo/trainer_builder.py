@@ -16,7 +16,9 @@ from graftwerk.errors import UserError
 from graftwerk.nemo.config import read_config, result_path
 from graftwerk.stages import learning
 from graftwerk.training.loggers import check_loggers
+from graftwerk.training.peers import Peers
 from graftwerk.training.result import check_whole
+from graftwerk.training.stopping import Interrupted
 from graftwerk.training.trainer import (
     Steps,
     build_trainer,
@@ -61,7 +63,11 @@ class MegatronTrainer(pl.Trainer):
                 "fit(model) alone: rows come from model.data, a checkpoint to go on from is "
                 "trainer.resume_from_checkpoint"
             )
-        code = self._learn(model)
+        try:
+            with Peers(self.world):
+                code = self._learn(model)
+        except Interrupted:  # before the first step
+            code = learning.REQUEUE
         self.strategy.barrier()  # the result is there for every process
         model.eval()
         if code != learning.DONE:

@@ -24,7 +24,8 @@ from graftwerk.checkpoints.shards import check_space
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
-from graftwerk.training.callbacks import Interrupted
+from graftwerk.parallel.mesh import Mesh
+from graftwerk.parallel.placement import Placement
 from graftwerk.training.goal import Goal
 from graftwerk.training.learner import (
     Learner,
@@ -36,7 +37,9 @@ from graftwerk.training.learner import (
 from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
+from graftwerk.training.peers import Peers
 from graftwerk.training.result import check_whole, is_nemo, write_result
+from graftwerk.training.stopping import Interrupted
 from graftwerk.training.summary import peak_memory, show
 from graftwerk.training.trainer import (
     CheckpointCallbacks,
@@ -61,8 +64,18 @@ def run(stage: str, cfg: DictConfig) -> int:
         UserError: for input that a person can mend, before anything is written.
     """
     world = World.from_environment()
+    try:
+        with Peers(world):
+            return _run(stage, cfg, world)
+    except Interrupted as reason:
+        (print if world.rank == 0 else _silence)(f"stopped by {reason} before the first step")
+        return REQUEUE
+
+
+def _run(stage: str, cfg: DictConfig, world: World) -> int:
     check(stage, cfg, world)
     device = device_of(cfg.trainer, world)
+    mesh = world.mesh(cfg.model, device)
     say = print if world.rank == 0 else _silence
     base = open_base(stage, cfg.model)
     tokenizer = tokenizer_of(cfg.model, base)
@@ -72,8 +85,8 @@ def run(stage: str, cfg: DictConfig) -> int:
     data = AnswerDataModule(
         cfg.model,
         tokenizer,
-        rank=world.rank,
-        world_size=world.size,
+        rank=mesh.data.rank,
+        world_size=mesh.data.size,
         seed=cfg.model.seed,
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
         shape=None if base is None else base.config,
@@ -81,8 +94,8 @@ def run(stage: str, cfg: DictConfig) -> int:
     )
     for name, report in data.report.items():
         say(f"{name}: {report}", flush=True)
-    learner = build_learner(stage, cfg, base, tokenizer, device, goal)
-    return train(stage, cfg, learner, data, world, device)
+    learner = build_learner(stage, cfg, base, tokenizer, device, goal, mesh)
+    return train(stage, cfg, learner, data, world, device, mesh=mesh)
 
 
 def train(
@@ -93,6 +106,7 @@ def train(
     world: World,
     device: torch.device,
     build: Callable[..., pl.Trainer] = build_trainer,
+    mesh: Mesh | None = None,
 ) -> int:
     """The run itself, from the checkpoint to go on from to the result; returns `run`'s exit code.
 
@@ -103,7 +117,7 @@ def train(
     steps = Steps.of(cfg.trainer, data.steps_per_epoch)
     resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
     module, trainer, callbacks = assemble(
-        cfg, learner, data, steps, world, device, folder, resumed, build
+        cfg, learner, data, steps, world, device, folder, resumed, build, mesh
     )
     check_room(module, callbacks, folder, Path(str(cfg.model.nemo_path)))
     if resumed is not None:
@@ -113,8 +127,11 @@ def train(
     except Interrupted as reason:
         return _interrupted(say, reason, callbacks.last.path, trainer.global_step)
     val_loss = restore_best(cfg.exp_manager, module, trainer, callbacks)
+    counts = sizes(module, learner)
+    module.placement.make_whole()
     if world.rank == 0:
-        summary = finish(stage, cfg, learner, module, data, device, trainer.global_step, val_loss)
+        step = trainer.global_step
+        summary = finish(stage, cfg, learner, module, data, device, step, val_loss, counts)
         write_json(folder / "summary.json", summary)
         show(summary)
     return DONE
@@ -130,9 +147,6 @@ def _silence(*args: Any, **kwargs: Any) -> None:
 def check(stage: str, cfg: DictConfig, world: World) -> None:
     """Raises a UserError for what the configuration alone shows to be wrong."""
     model = cfg.model
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if (model.get(key) or 1) != 1:
-            raise UserError(f"model.{key}={model[key]} is not supported yet: set it to 1")
     if not model.get("nemo_path"):
         raise UserError("model.nemo_path is missing: it says where the result is written")
     world.check(cfg.trainer.get("devices") or 1, cfg.trainer.get("num_nodes") or 1)
@@ -223,10 +237,12 @@ def assemble(
     folder: Path,
     resumed: Resumed | None,
     build: Callable[..., pl.Trainer] = build_trainer,
+    mesh: Mesh | None = None,
 ) -> tuple[LearningModule, pl.Trainer, CheckpointCallbacks]:
     """Module, trainer and the callbacks that keep checkpoints."""
     sched = cfg.model.optim.get("sched") or {}
     optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
+    placement = Placement(learner.model, mesh)
     settings = TrainingSettings(
         optim=optim,
         max_steps=steps.total,
@@ -234,12 +250,12 @@ def assemble(
         gradient_clip_val=cfg.trainer.get("gradient_clip_val") or 0.0,
         log_every_n_steps=cfg.trainer.get("log_every_n_steps") or 10,
         seed=cfg.model.seed,
-        rank=world.rank,
+        rank=placement.mesh.data.rank,
         autocast=learner.autocast,
         monitor=sched.get("monitor") or "val_loss",
         drop=learner.drop,
     )
-    module = LearningModule(learner.model, settings)
+    module = LearningModule(learner.model, settings, placement)
     limit = cfg.trainer.get("limit_val_batches")
     validates = len(data.val_set) > 0 and limit != 0
     if not validates and sched.get("name") == "ReduceLROnPlateau":
@@ -248,7 +264,9 @@ def assemble(
             "model.data.validation_ds"
         )
     name = cfg.exp_manager.get("name") or "checkpoint"
-    callbacks = CheckpointCallbacks.of(cfg.exp_manager, folder / "checkpoints", validates, name)
+    callbacks = CheckpointCallbacks.of(
+        cfg.exp_manager, folder / "checkpoints", validates, name, world
+    )
     trainer = build(
         cfg,
         world=world,
@@ -265,15 +283,21 @@ def assemble(
 
 
 def _say_setting(learner: Learner, module: LearningModule, optim: dict, validates: bool) -> None:
-    count = sum(p.numel() for p in module.trained.values())
-    total = sum(p.numel() for p in learner.model.parameters())
+    count, total = sizes(module, learner)
     print(f"training {count:,} of {total:,} parameters ({count / total:.3%})")
     decay = optim.get("weight_decay", DEFAULTS["weight_decay"])
-    if decay and all(p.ndim < 2 for p in module.trained.values()):
+    if decay and all(p.ndim < 2 for p in module.everywhere.values()):
         print(f"model.optim.weight_decay={decay} has no effect: only vectors are trained")
     if not validates:
         print("no validation: the last weights are written, not the best")
     sys.stdout.flush()
+
+
+def sizes(module: LearningModule, learner: Learner) -> tuple[int, int]:
+    """How many numbers are trained, and how many the whole model has."""
+    numel = module.placement.numel
+    trained = sum(numel(parameter) for parameter in module.everywhere.values())
+    return trained, sum(numel(parameter) for parameter in learner.model.parameters())
 
 
 def _say_resumed(say: Any, resumed: Resumed, steps: Steps) -> None:
@@ -322,9 +346,11 @@ def finish(
     device: torch.device,
     steps: int,
     val_loss: float | None,
+    counts: tuple[int, int],
 ) -> dict[str, Any]:
-    """Writes the model or adapter and returns the summary."""
+    """Writes the model or adapter and returns the summary; `counts` are those of `sizes`."""
     model, path = learner.model, Path(str(cfg.model.nemo_path))
+    trained, total = counts
     size = write_result(learner, path, {"base": learner.base, "stage": stage, "steps": steps})
     methods = [model.adapter_config(name)["method"] for name in learner.adapters]
     methods += [type(model.fusions[key]).__name__ for key in learner.fusions]
@@ -333,8 +359,8 @@ def finish(
         "method": ", ".join(methods) or None,
         "base": learner.base,
         "adapter": str(path),
-        "trainable_parameters": sum(p.numel() for p in module.trained.values()),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": trained,
+        "total_parameters": total,
         "steps": steps,
         "seconds": round(module.seconds, 3),
         "seconds_per_step": round(module.seconds / steps, 6) if steps else None,

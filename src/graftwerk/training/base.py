@@ -1,7 +1,7 @@
 """The base model that a stage's `model` section names: opened, checked, then read."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -10,6 +10,8 @@ from graftwerk.checkpoints import load_base, load_tokenizer
 from graftwerk.checkpoints.base import open_checkpoint
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig
+from graftwerk.parallel.mesh import Mesh
+from graftwerk.parallel.pipeline import Cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,9 +68,18 @@ class Base:
         device: torch.device,
         seed: int = 0,
         quantize: str | None = None,
+        mesh: Mesh | None = None,
     ) -> GPT | T5 | BERT:
-        """Reads the weights; `seed` is of a fresh head, `quantize` as in `load_base`."""
-        more = {"revision": self.revision, "seed": seed, "quantize": quantize}
+        """Reads the weights, of them those that this process has on a mesh.
+
+        `seed` is of a fresh head, `quantize` as in `load_base`.
+        """
+        more: dict[str, Any] = {"revision": self.revision, "seed": seed, "quantize": quantize}
+        if mesh is not None and mesh.pipeline.size > 1:
+            cut = Cut.of(self.config, mesh.pipeline.size, mesh.split)
+            more["wanted"] = lambda name: mesh.pipeline.rank in cut.stages_of(name)
+        if mesh is not None:
+            more["mesh"] = mesh.tensor_devices
         return load_base(self.path, dtype, device, self.config.head, **more)
 
 

@@ -1,7 +1,8 @@
 """Callbacks: the checkpoint to go on from, leaving in time, and progress in plain lines."""
 
-import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 
 from graftwerk.training.module import LearningModule
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Interrupted(Exception):
-    """Ends a run that has to stop before its end; the message says why. Its state is saved."""
+from graftwerk.training.peers import any_of
+from graftwerk.training.stopping import Interrupted
+from graftwerk.training.world import World
 
 
 class TopCheckpoints(ModelCheckpoint):
@@ -31,49 +29,69 @@ class LastCheckpoint(Checkpoint):
     """Keeps the newest state in one file, and stops a run in time by raising `Interrupted`.
 
     Saves when a validation ends (an epoch, without validation), every `every_n_steps`, at the last
-    step, and when the run has to stop: after `seconds`, or by one of `STOP_SIGNALS`. It is called
-    after `TopCheckpoints`, whose state is part of the file.
+    step, and when the run has to stop: after `seconds`, or because `world.stop` says so in any of
+    the processes. It is called after `TopCheckpoints`, whose state is part of the file.
+
+    No state is saved between a step and the validation that belongs to it, but where the run has to
+    stop within that validation: then the file says so, and the next run begins with it.
 
     Args:
-        path: of the file; None: save nothing and let signals be.
+        path: of the file; None: save nothing.
         seconds: of this process's run, or None.
         every_n_steps: 0: never between validations.
+        world: this process among the others.
     """
 
-    def __init__(self, path: Path | None, seconds: float | None = None, every_n_steps: int = 0):
+    def __init__(
+        self,
+        path: Path | None,
+        seconds: float | None = None,
+        every_n_steps: int = 0,
+        world: World | None = None,
+    ):
         self.path = path
         self.every_n_steps = every_n_steps
         self.deadline = time.monotonic() + seconds if seconds is not None else None
-        self.signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self.world = world or World()
+        self.stop = self.world.stop
+        self.unvalidated = False  # whether the validation of the step that was saved is still due
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.path is not None and trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Lightning restores the state and runs the loop without asking anyone in between; and it
+        # does not run at all where all steps are done.
+        loop = trainer.fit_loop
+        trainer.fit_loop.run = partial(self._run, trainer, type(loop).run.__get__(loop))
+
+    def _run(self, trainer: pl.Trainer, steps: Callable[[], None]) -> None:
+        if self.unvalidated:
+            self.stop.polled = True
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+            loop._has_run = False  # the loop over steps goes on as from a state saved behind it
+        steps()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unvalidated": self.unvalidated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unvalidated = state_dict["unvalidated"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LearningModule)
         pl_module.must_stop = lambda: self._reason() is not None
-        # Not earlier: Lightning's own handler of SIGTERM comes before this one and would go first.
-        if self.path is not None:
-            for number in STOP_SIGNALS:
-                self._handlers[number] = signal.signal(number, self._on_signal)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore_handlers()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self.stop.polled = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        if trainer.enable_validation and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            return  # it stops and saves
         step = trainer.global_step
         at_end = trainer.max_steps is not None and 0 < trainer.max_steps <= step
         assert isinstance(pl_module, LearningModule)
@@ -84,8 +102,19 @@ class LastCheckpoint(Checkpoint):
         if stops:
             raise Interrupted(self._reason() or "another process")
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        if trainer.sanity_checking or not any_of(self._reason() is not None, self.world):
+            return
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
+        self.unvalidated = True
+        self._save(trainer)
+        raise Interrupted(self._reason() or "another process")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
+            self.unvalidated = False
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,10 +126,9 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
     def _reason(self) -> str | None:
-        if self.signal is not None:
-            return signal.Signals(self.signal).name
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        return "exp_manager.max_time_per_run" if late else None
+        if self.stop.reason is None and self.deadline and time.monotonic() >= self.deadline:
+            self.stop.ask("exp_manager.max_time_per_run")
+        return self.stop.reason
 
 
 class Bar(RichProgressBar):

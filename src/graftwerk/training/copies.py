@@ -5,10 +5,9 @@ each adapter gets the gradient that it would have alone.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from graftwerk.adapters.composition import Composition, branches, fusions, last, names
 
@@ -40,20 +39,18 @@ def names_of_copies(composition: Composition | str | None) -> list[str]:
     return [f"{word}_{n}" if words.count(word) > 1 else word for n, word in enumerate(words, 1)]
 
 
-def by_owner(
-    composition: Composition | str | None, trained: Mapping[str, Parameter]
-) -> list[list[Parameter]]:
-    """Trained parameters, those together that learn from the same copies of the batch.
+def by_owner(composition: Composition | str | None, trained: Iterable[str]) -> list[list[str]]:
+    """Names of trained parameters, those together that learn from the same copies of the batch.
 
     Their gradients are clipped together, as they would be if nothing else was trained.
     """
     each = branches(composition)
     if len(each) == 1:
-        return [list(trained.values())]
+        return [list(trained)]
     members = [{*names(one), *(fuse.name for fuse in fusions(one))} for one in each]
-    groups: dict[tuple[int, ...], list[Parameter]] = {}
-    for name, parameter in trained.items():
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in trained:
         owner = _OWNER.search(name)
         seen = tuple(n for n, own in enumerate(members) if owner and owner[1] in own)
-        groups.setdefault(seen, []).append(parameter)
+        groups.setdefault(seen, []).append(name)
     return list(groups.values())

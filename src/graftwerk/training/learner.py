@@ -18,6 +18,8 @@ from graftwerk.data.tasks import template_words
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig
+from graftwerk.parallel.mesh import Mesh
+from graftwerk.parallel.tensor import parallelize
 from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.base import Base, revision_of
 from graftwerk.training.frozen import add_frozen, check_fusions
@@ -108,20 +110,24 @@ def build_learner(
     tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
     goal: Goal | None = None,
+    mesh: Mesh | None = None,
 ) -> Learner:
     """The model on its device, with what is trained unfrozen and the rest frozen.
 
     A frozen base is held in `trainer.precision`; what is trained is float32. `goal` is what the
-    configuration says, where the caller has looked already.
+    configuration says, where the caller has looked already. On a `mesh` the model holds what this
+    process has of the base, and whole adapters, of which `Placement` keeps a stage's.
     """
     dtype, model_cfg = precision_of(cfg.trainer), cfg.model
     goal = Goal.of(model_cfg, stage) if goal is None else goal
     mixed = dtype == torch.bfloat16
     if base is None:
         model = _first_weights(model_cfg, tokenizer, device)
+        if mesh is not None and mesh.tensor_devices is not None:
+            parallelize(model, mesh.tensor_devices)
         return Learner(model, tokenizer, [], str(model_cfg.nemo_path), autocast=mixed)
     if goal.whole:
-        model = base.load(torch.float32, device, model_cfg.seed)
+        model = base.load(torch.float32, device, model_cfg.seed, mesh=mesh)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # they may be views of the file
         return Learner(model.requires_grad_(True), tokenizer, [], base.path, autocast=mixed)
@@ -134,7 +140,7 @@ def build_learner(
             "4 bits: use lora beside it"
         )
     kind = torch.float32 if mixed else dtype
-    model = base.load(kind, device, model_cfg.seed, "nf4" if four_bits else None)
+    model = base.load(kind, device, model_cfg.seed, "nf4" if four_bits else None, mesh)
     drop = _compose(model, goal, model_cfg)
     fusions = goal.fusions_to_train()
     return Learner(model, tokenizer, goal.trained, base.path, mixed, fusions, drop)

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from graftwerk.adapters.slots import Slot
 from graftwerk.data.dataset import Batch
 from graftwerk.errors import UserError
+from graftwerk.parallel.placement import Placement
+from graftwerk.parallel.vocabulary import Vocabulary, split_logits
 from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.copies import by_copy, by_owner, for_copies, names_of_copies
 from graftwerk.training.gradients import GradientBucket
@@ -70,15 +74,21 @@ class LearningModule(pl.LightningModule):
     state and does not depend on when validation ran.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainingSettings):
+    def __init__(
+        self, model: nn.Module, settings: TrainingSettings, placement: Placement | None = None
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.settings = settings
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if not self.trained:
+        self.placement = placement or Placement(model)  # type: ignore[arg-type]
+        self.mesh = self.placement.mesh
+        # What is trained on all stages of a pipeline, and what of it lies on this one.
+        self.everywhere = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = {n: p for n, p in self.everywhere.items() if self.placement.here(p)}
+        if not self.everywhere:
             raise UserError("nothing to train: no parameter of the model requires a gradient")
-        self.fused = any(".fusion_layer." in name for name in self.trained)
+        self.fused = any(".fusion_layer." in name for name in self.everywhere)
         # A fusion's temperature moves with training too.
         self.moved = {n: b for n, b in model.named_buffers() if ".fusion_layer." in n}
         self.copies = names_of_copies(getattr(model, "active", None))
@@ -116,15 +126,14 @@ class LearningModule(pl.LightningModule):
         self.paused = 0.0  # seconds of validation within the window
 
     def on_train_start(self) -> None:
-        groups = by_owner(getattr(self.model, "active", None), self.trained)
-        together = [parameter for group in groups for parameter in group]
-        self.bucket = GradientBucket(together, SUMS, [len(group) for group in groups])
+        groups = by_owner(getattr(self.model, "active", None), self.everywhere)
+        self.bucket = GradientBucket(self.trained, SUMS, groups, self.placement, self.device)
         self.started = self.window_start = time.monotonic()
         self._set_modes()
 
     def _set_modes(self) -> None:
         # What is frozen computes as it will later; only dropout of what is trained is switched on.
-        whole = len(self.trained) == len(dict(self.model.named_parameters()))
+        whole = len(self.everywhere) == len(dict(self.model.named_parameters()))
         self.model.train(whole)
         for module in self.model.modules():
             if isinstance(module, Slot):
@@ -147,12 +156,9 @@ class LearningModule(pl.LightningModule):
         self._seed(step_seed(settings.seed, self.global_step, settings.rank))
         self.bucket.flat.zero_()
         with self._dropped():
-            for micro in batch:
-                loss = self._loss(micro)
-                loss.backward()
-                self._add(sums, loss, micro)
+            self._backward(batch)
         sums[STOP] += self.must_stop()
-        self.bucket.reduce()
+        self.bucket.reduce(partial=[STOP], staged=[LOSS, STOP])
         self.bucket.gradients.div_(sums[WEIGHT])
         norm = self.bucket.clip(settings.gradient_clip_val)
         self.window += sums
@@ -184,12 +190,27 @@ class LearningModule(pl.LightningModule):
         finally:
             model.set_active(model.active)
 
-    def _loss(self, micro: Batch) -> Tensor:
-        with self._precision():
-            logits = self.model(**micro.inputs())
-        loss = answer_loss(logits, *self._labels(micro))
-        if self.fused:  # a sum over labels, like the rest, which the labels' weight will divide
-            loss = loss + self.model.fusion_loss() * micro.weights.sum()  # type: ignore[operator]
+    def _backward(self, batch: list[Batch]) -> None:
+        """The gradients and sums of all micro-batches."""
+        sums, pipeline = self.bucket.sums, self.placement.pipeline
+        if pipeline is not None:
+            with self._precision(), split_logits(self.model) as vocabulary:
+                pipeline.step(batch, lambda logits, micro: self._loss(logits, micro, vocabulary))
+        for micro in batch:
+            if pipeline is None:
+                with self._precision(), split_logits(self.model) as vocabulary:
+                    logits = self.model(**micro.inputs())
+                self._loss(logits, micro, vocabulary).backward()
+            if self.fused:  # a sum over labels, like the rest, which the labels' weight will divide
+                more = self.model.fusion_loss() * micro.weights.sum()  # type: ignore[operator]
+                if more.requires_grad:
+                    more.backward()
+                sums[LOSS] += more.detach()
+            self._add(sums, micro)
+
+    def _loss(self, logits: Tensor, micro: Batch, vocabulary: Vocabulary | None = None) -> Tensor:
+        loss = answer_loss(logits, *self._labels(micro), vocabulary)
+        self.bucket.sums[LOSS] += loss.detach()
         return loss
 
     def _labels(self, micro: Batch) -> tuple[Tensor, Tensor]:
@@ -203,8 +224,7 @@ class LearningModule(pl.LightningModule):
         return nullcontext()
 
     @staticmethod
-    def _add(sums: Tensor, loss: Tensor, micro: Batch) -> None:
-        sums[LOSS] += loss.detach()
+    def _add(sums: Tensor, micro: Batch) -> None:
         sums[WEIGHT] += micro.weights.sum()
         sums[ROWS] += micro.num_rows
         sums[TOKENS] += micro.num_tokens
@@ -261,14 +281,14 @@ class LearningModule(pl.LightningModule):
                 each = by_copy(losses, len(self.copies), micro.label_positions is None)
                 self.by_adapter += each.detach().sum(1)
                 losses = each.sum(0)
-            self._add(self.validation, losses.sum(), micro)
+            self.validation[LOSS] += losses.sum().detach()
+            self._add(self.validation, micro)
             if micro.origins is not None:
                 of_label = torch.stack([losses.detach(), micro.weights], dim=1)
                 self.by_source.index_add_(0, micro.origins, of_label)
 
     def on_validation_epoch_end(self) -> None:
-        total = self.trainer.strategy.reduce(self.validation, reduce_op="sum")
-        assert isinstance(total, Tensor)
+        total = self.mesh.data.sum_(self.validation.clone())
         loss = _mean(total[LOSS], total[WEIGHT])
         self._publish({"val_loss": loss}, prog_bar=True)
         parts = self._val_losses() | self._losses_of_copies(total[WEIGHT])
@@ -292,8 +312,7 @@ class LearningModule(pl.LightningModule):
         names = self._val_names()
         if not names:
             return {}
-        total = self.trainer.strategy.reduce(self.by_source, reduce_op="sum")
-        assert isinstance(total, Tensor)
+        total = self.mesh.data.sum_(self.by_source.clone())
         # A validation that is cut short may not reach a source.
         seen = [(name, row) for name, row in zip(names, total, strict=True) if row[1]]
         return {f"val_loss_{name}": _mean(*row) for name, row in seen}
@@ -302,8 +321,7 @@ class LearningModule(pl.LightningModule):
         """`val_loss_of_<adapter>` of each copy of the batch; they add up to the loss."""
         if not self.copies:
             return {}
-        total = self.trainer.strategy.reduce(self.by_adapter, reduce_op="sum")
-        assert isinstance(total, Tensor)
+        total = self.mesh.data.sum_(self.by_adapter.clone())
         each = zip(self.copies, total, strict=True)
         return {f"val_loss_of_{name}": _mean(loss, weight) for name, loss in each}
 
@@ -341,6 +359,11 @@ class LearningModule(pl.LightningModule):
         known = self.validated is not None and self.validated[0] == step
         return self.validated[1] if known and self.validated else None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LearningModule":
+        # Lightning moves a module to its device and back. The model is there already, but for the
+        # layers of other stages, which are nowhere.
+        return self
+
     # ---- checkpoints: trained weights only, and where the data stands
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -349,16 +372,25 @@ class LearningModule(pl.LightningModule):
     def _kept(self) -> dict[str, Tensor]:
         return {**self.trained, **self.moved}
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """`state_dict` of the whole model, on the first process; all ask at once."""
+        if not self.mesh.model_parallel:
+            return self.state_dict()
+        return self.placement.gathered(self.state_dict(), {**self.everywhere, **self.moved})
+
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> None:
-        kept = self._kept()
+        kept, known = self._kept(), {**self.everywhere, **self.moved}
+        shares = {
+            name: self.placement.share(tensor, known[name])
+            for name, tensor in state_dict.items()
+            if name in known
+        }
         wrong = [
             name
-            for name in {**kept, **state_dict}
-            if name not in kept
-            or name not in state_dict
-            or state_dict[name].shape != kept[name].shape
+            for name in {**known, **state_dict}
+            if name not in shares or shares[name].shape != known[name].shape
         ]
         if wrong:
             raise UserError(
@@ -368,7 +400,61 @@ class LearningModule(pl.LightningModule):
             )
         with torch.no_grad():
             for name, tensor in kept.items():
-                tensor.copy_(state_dict[name])
+                tensor.copy_(shares[name])
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state by names, whole, on the first process; all ask at once.
+
+        `state`: parameter -> what the optimizer keeps of it; `param_groups`: their settings.
+        """
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        own = {names[id(p)]: values for p, values in optimizer.state.items()}
+        keys = sorted({key for values in own.values() for key in values})
+        state: dict[str, dict[str, Any]] = {}
+        for key in self._all_keys(keys):
+            found = {name: values[key] for name, values in own.items() if key in values}
+            if self.mesh.model_parallel:
+                found = self.placement.gathered(found, self.everywhere)
+            for name, value in found.items():
+                state.setdefault(name, {})[key] = value
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        ordered = {name: state[name] for name in self.everywhere if name in state}
+        return {"state": ordered, "param_groups": settings}
+
+    def _all_keys(self, own: list[str]) -> list[str]:
+        """What the optimizer keeps on any stage: a stage may train nothing."""
+        axis = self.mesh.pipeline
+        if axis.group is None:
+            return own
+        found: list[list[str]] = [[] for _ in range(axis.size)]
+        dist.all_gather_object(found, own, axis.group)
+        return sorted({key for keys in found for key in keys})
+
+    def load_optimizer_state(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+        """Takes this process's share of what `optimizer_state` gave under any layout."""
+        numbers = {
+            id(parameter): number
+            for number, parameter in enumerate(
+                p for group in optimizer.param_groups for p in group["params"]
+            )
+        }
+        state = {
+            numbers[id(self.trained[name])]: {
+                key: self.placement.share(value, self.trained[name]) if value.ndim else value
+                for key, value in values.items()
+            }
+            for name, values in saved["state"].items()
+            if name in self.trained
+        }
+        own = optimizer.state_dict()["param_groups"]
+        groups = [
+            {**settings, "params": group["params"]}
+            for settings, group in zip(saved["param_groups"], own, strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

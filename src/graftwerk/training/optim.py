@@ -17,6 +17,8 @@ DEFAULTS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.9
 def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -> Optimizer:
     """The optimizer over parameters, in two groups: matrices decay, vectors do not.
 
+    Both groups are there even if one is empty: a stage of a pipeline may have either alone.
+
     Biases, norms and IA3's scales are vectors: decay would pull a scale to 0, away from the 1 at
     which it changes nothing. (NeMo's pre-training leaves biases and norms out too; its adapter
     stages decay all.)
@@ -45,7 +47,6 @@ def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": values["weight_decay"]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
     return OPTIMIZERS[name](
         groups,
         lr=float(values["lr"]),

@@ -20,11 +20,10 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-from pytorch_lightning.utilities import rank_zero_only
 
 from graftwerk.checkpoints.resume import LAST, CheckpointFiles
 from graftwerk.errors import UserError
+from graftwerk.parallel.strategy import ManyDevices, OneDevice
 from graftwerk.training.callbacks import Bar, LastCheckpoint, Lines, TopCheckpoints
 from graftwerk.training.world import World
 
@@ -47,29 +46,6 @@ CHECKPOINT_KEYS = (
     "every_n_train_steps",
     "model_parallel_size",
 )
-
-
-class DataParallel(DDPStrategy):
-    """Processes that hold the same model: ranks, devices and collectives, without DDP's wrapper.
-
-    The module reduces its gradients by itself. Each process knows its own device only, since srun
-    may show it one GPU or all of the node's.
-    """
-
-    def __init__(self, device: torch.device, world: World):
-        assert world.environment is not None
-        super().__init__(parallel_devices=[device], cluster_environment=world.environment)
-        self.device, self.world = device, world
-
-    @property
-    def root_device(self) -> torch.device:
-        return self.device
-
-    def set_world_ranks(self) -> None:
-        rank_zero_only.rank = self.world.rank  # type: ignore[attr-defined]
-
-    def configure_ddp(self) -> None:
-        """Nothing to wrap: every process has read the same weights."""
 
 
 @dataclass(frozen=True)
@@ -214,13 +190,18 @@ class CheckpointCallbacks:
 
     @classmethod
     def of(
-        cls, exp_manager: DictConfig, folder: Path, validates: bool, name: str
+        cls,
+        exp_manager: DictConfig,
+        folder: Path,
+        validates: bool,
+        name: str,
+        world: World,
     ) -> "CheckpointCallbacks":
         """By `checkpoint_callback_params`; without validation there is no best to keep."""
         limit = parse_time(exp_manager.get("max_time_per_run"), "exp_manager.max_time_per_run")
         seconds = limit.total_seconds() if limit is not None else None
         if not exp_manager.get("create_checkpoint_callback", True):
-            return cls(None, LastCheckpoint(None, seconds))
+            return cls(None, LastCheckpoint(None, seconds, world=world))
         params = exp_manager.get("checkpoint_callback_params") or {}
         top = None
         if validates:
@@ -234,7 +215,8 @@ class CheckpointCallbacks:
                 enable_version_counter=False,
             )
         path = folder / LAST if params.get("save_last", True) else None
-        return cls(top, LastCheckpoint(path, seconds, params.get("every_n_train_steps") or 0))
+        every = params.get("every_n_train_steps") or 0
+        return cls(top, LastCheckpoint(path, seconds, every, world))
 
     def list(self) -> list[Callback]:
         return [self.last] if self.top is None else [self.top, self.last]
@@ -263,10 +245,11 @@ def build_trainer(
     every = trainer.get("log_every_n_steps") or 10
     bar: Callback = Bar() if sys.stdout.isatty() else Lines(every)
     if world.size > 1:
-        strategy: Any = DataParallel(device, world)
+        assert world.environment is not None
+        strategy: Any = ManyDevices(device, world.environment, world.rank)
         plugins: list[Any] = [CheckpointFiles()]
     else:
-        strategy = SingleDeviceStrategy(device)
+        strategy = OneDevice(device)
         plugins = [CheckpointFiles(), LightningEnvironment()]
     optional = {
         key: trainer[key]

@@ -2,23 +2,32 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig
 
 from graftwerk.errors import UserError
+from graftwerk.parallel.mesh import Mesh, check_sizes
+from graftwerk.training.stopping import Stop
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank among `size` processes; `environment` tells Lightning, None for one."""
+    """This process's rank among `size` processes; `environment` tells Lightning, None for one.
+
+    `stop` is where the wish to stop is noted.
+    """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
     environment: ClusterEnvironment | None = None
+    stop: Stop = field(default_factory=Stop, compare=False)
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "World":
@@ -46,6 +55,36 @@ class World:
                 f"{'was' if self.size == 1 else 'were'} started: start it through main.py, srun or "
                 f"`torchrun --nproc-per-node {devices}`, or change trainer.devices"
             )
+
+    def connect(self, device: torch.device) -> None:
+        """Joins the processes, over NCCL on GPUs and gloo on CPUs. A process alone: nothing to do.
+
+        Lightning finds it done.
+        """
+        if self.environment is None or dist.is_initialized():
+            return
+        os.environ["MASTER_ADDR"] = self.environment.main_address
+        os.environ["MASTER_PORT"] = str(self.environment.main_port)
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=self.rank,
+            world_size=self.size,
+            device_id=device if cuda else None,
+        )
+
+    def mesh(self, model: DictConfig, device: torch.device) -> Mesh:
+        """The processes as `model` lays them out, joined.
+
+        Raises:
+            UserError: where tensor and pipeline sizes do not divide their number.
+        """
+        tensor = model.get("tensor_model_parallel_size") or 1
+        pipeline = model.get("pipeline_model_parallel_size") or 1
+        check_sizes(self.size, tensor, pipeline)
+        self.connect(device)
+        split = model.get("pipeline_model_parallel_split_rank")
+        return Mesh.of(device, tensor, pipeline, split)
 
 
 class _Checked:

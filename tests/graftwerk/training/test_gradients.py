@@ -13,7 +13,7 @@ from graftwerk.training.module import step_seed
 
 def bucket() -> tuple[list[Parameter], GradientBucket]:
     parameters = [Parameter(torch.ones(2, 2)), Parameter(torch.ones(3))]
-    return parameters, GradientBucket(parameters, 2)
+    return parameters, GradientBucket({"matrix": parameters[0], "vector": parameters[1]}, 2)
 
 
 def test_backward_adds_into_the_flat_buffer():

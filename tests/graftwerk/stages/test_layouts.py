@@ -1,0 +1,139 @@
+"""A learning stage on two processes, by tensor, pipeline or data, against the same on one."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from omegaconf import DictConfig, OmegaConf
+
+from graftwerk.checkpoints import read_adapters
+from graftwerk.checkpoints.resume import read_checkpoint
+from graftwerk.stages import learning
+from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
+from tests.graftwerk.tiny_families import as_family, save_tiny
+
+__all__ = ["base", "cfg", "rows"]
+
+# The network that makes a tied prefix is used by the layers of both stages.
+SCHEMES = {
+    "peft_scheme": "lora,prefix,ptuning,adapter,ia3",
+    "lora_tuning": {"adapter_dim": 2, "target_modules": ["all"]},
+    "prefix_tuning": {"prefix_length": 2, "bottleneck_dim": 4, "weight_tying": True},
+    "p_tuning": {"virtual_tokens": 2, "embedding_dim": 8, "bottleneck_dim": 8},
+    "adapter_tuning": {"adapter_dim": 4},
+}
+LAYOUTS = {
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "tensor": {"tensor_model_parallel_size": 2},
+    "data": {},
+}
+FIRST, ALL = 3, 5  # steps
+
+
+def as_layout(cfg: DictConfig, layout: str) -> DictConfig:
+    two = {"trainer": {"devices": 2}, "model": LAYOUTS[layout]}
+    made = OmegaConf.merge(cfg, two)
+    assert isinstance(made, DictConfig)
+    return made
+
+
+def up_to(cfg: DictConfig, steps: int) -> DictConfig:
+    made = cfg.copy()
+    made.trainer.max_steps = steps
+    return made
+
+
+def process(rank: int, port: int, runs: list[tuple[str, dict]]) -> None:
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in given.items()}, MASTER_ADDR="127.0.0.1")
+    for stage, config in runs:
+        assert learning.run(stage, OmegaConf.create(config)) == 0
+    dist.destroy_process_group()
+
+
+def on_two_processes(runs: list[tuple[str, DictConfig]]) -> None:
+    """Several stages, of which each process runs one after the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plain = [(stage, OmegaConf.to_container(config)) for stage, config in runs]
+    mp.spawn(process, (port, plain), nprocs=2)
+
+
+def weights(cfg: DictConfig) -> dict[str, torch.Tensor]:
+    adapters = read_adapters(cfg.model.nemo_path).adapters
+    return {f"{a.name} {key}": value for a in adapters for key, value in a.state.items()}
+
+
+def checkpoint(cfg: DictConfig) -> dict:
+    return read_checkpoint(Path(cfg.exp_manager.explicit_log_dir) / "checkpoints" / "last.ckpt")
+
+
+def assert_alike(one: dict, other: dict, tolerance: float = 1e-5) -> None:
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        apart = torch.linalg.vector_norm(tensor - other[name])
+        assert apart <= tolerance * torch.linalg.vector_norm(other[name]) + 1e-7, name
+
+
+def columns(cfg: DictConfig) -> list[list[float]]:
+    keys = ("train_loss", "grad_norm", "val_loss")
+    return [[float(row[key]) for key in keys if row.get(key)] for row in read_metrics(cfg)]
+
+
+@pytest.fixture
+def peft(cfg: DictConfig) -> DictConfig:
+    """Five methods at once, plain SGD-like steps that do not magnify the smallest gradients."""
+    del cfg.model["adapter_tuning"]
+    cfg.trainer.max_epochs, cfg.trainer.max_steps = -1, ALL
+    cfg.model.optim.sched = None
+    cfg.model.optim.eps = 1e-3
+    cfg.model.nemo_path = str(Path(cfg.run.results_dir) / "results" / "adapter")
+    made = OmegaConf.merge(cfg, {"model": {"peft": SCHEMES}})
+    assert isinstance(made, DictConfig)
+    return made
+
+
+def of_family(peft: DictConfig, family: str, folder: Path) -> DictConfig:
+    if family == "gpt":
+        return peft
+    made = as_family(peft, save_tiny(family, folder / family), folder, ALL)
+    del made.model["adapter_tuning"]
+    made.model.global_batch_size, made.model.micro_batch_size = 4, 2
+    return made
+
+
+def at(cfg: DictConfig, folder: Path) -> DictConfig:
+    made = elsewhere(cfg, folder)
+    made.model.nemo_path = str(folder / "results" / "adapter")
+    return made
+
+
+@pytest.mark.parametrize("family", ["gpt", "t5"])
+def test_every_layout_learns_what_one_process_learns(family: str, peft: DictConfig, tmp_path: Path):
+    """Training, validation, checkpoints and the file; and one process goes on from each layout."""
+    whole = of_family(peft, family, tmp_path)
+    alone = at(whole, tmp_path / "alone")
+    runs = {name: as_layout(at(whole, tmp_path / name), name) for name in LAYOUTS}
+    on_two_processes([("peft", up_to(config, FIRST)) for config in runs.values()])
+    assert learning.run("peft", up_to(alone, FIRST)) == 0
+    states = checkpoint(alone)
+    for config in runs.values():
+        torch.testing.assert_close(columns(config), columns(alone), rtol=2e-5, atol=1e-6)
+        assert_alike(weights(config), weights(alone))
+        found = checkpoint(config)
+        assert_alike(found["state_dict"], states["state_dict"])
+        moments = states["optimizer_states"][0]["state"]
+        assert list(found["optimizer_states"][0]["state"]) == list(moments)
+        for key, values in moments.items():
+            assert_alike(found["optimizer_states"][0]["state"][key], values, 1e-4)
+    assert learning.run("peft", alone) == 0
+    for name in runs:
+        on = at(whole, tmp_path / name)  # the same folder, on one process
+        assert learning.run("peft", on) == 0
+        torch.testing.assert_close(columns(on), columns(alone), rtol=5e-5, atol=1e-6)
+        assert_alike(weights(on), weights(alone), 5e-5)
