@@ -30,7 +30,7 @@ trap 'kill -USR2 "${processes[@]}" 2>/dev/null || true' USR2
 await() { # waits for all; the first that fails ends the others, and its code is the job's
   local rank code failed=0
   while [ -n "${processes[*]}" ]; do
-    wait -n || true
+    wait -n 2>/dev/null || true # bash has its own words for a killed process
     for rank in "${!processes[@]}"; do
       kill -0 "${processes[rank]}" 2>/dev/null && continue
       code=0

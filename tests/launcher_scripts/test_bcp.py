@@ -1,6 +1,8 @@
 """`cluster_type=bcp`: real scripts; a stand-in for bcprun."""
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,42 @@ def test_dry_run_runs_nothing_and_prints_where_the_scripts_are(calls, tmp_path, 
     assert launch(cfg, []) == 0
     assert not calls.exists()
     assert f"bash {chain.script(cfg, PREP)}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_says_how_to_go_on(calls, tmp_path, capfd):
+    cfg = chain.config(tmp_path, "bcp", LEARN, adapter_learning__behave={"exit": 75})
+    assert launch(cfg, []) == 75
+    assert f"checkpointed; to go on: bash {chain.script(cfg, LEARN)}" in capfd.readouterr().out
+    assert (chain.state(cfg, LEARN)["state"], chain.state(cfg, LEARN)["exit_code"]) == (
+        "FAILED",
+        75,
+    )
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_to_the_script_goes_on_to_bcprun(tmp_path, monkeypatch, name):
+    told = tmp_path / "told"
+    chain.program(
+        tmp_path / "bin",
+        "bcprun",
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        f"def note(number, frame): Path({str(told)!r}).write_text(signal.Signals(number).name)\n"
+        "signal.signal(signal.SIGUSR1, lambda *a: (note(*a), os._exit(75)))\n"
+        "signal.signal(signal.SIGTERM, lambda *a: (note(*a), os._exit(75)))\n"
+        "print('at work', flush=True); time.sleep(60)\n",
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    cfg = chain.config(tmp_path, "bcp", LEARN, dry_run=True)
+    assert launch(cfg, []) == 0
+    command = ["bash", chain.script(cfg, LEARN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout is not None
+        next(line for line in script.stdout if "at work" in line)
+        script.send_signal(getattr(signal, f"SIG{name}"))
+        out = script.stdout.read()
+    assert told.read_text() == f"SIG{name}"
+    assert "checkpointed; to go on" in out
+    ends = {"USR1": ("FAILED", 75), "TERM": ("CANCELLED", 143)}
+    state = chain.state(cfg, LEARN)
+    assert (state["state"], state["exit_code"]) == ends[name]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -185,6 +186,52 @@ def test_a_signal_ends_the_processes_and_leaves_the_state_cancelled(tmp_path, nu
     assert (state["state"], state["exit_code"]) == ("CANCELLED", 128 + number)
     assert not any(alive(chain.met(cfg, "training", rank)["pid"]) for rank in range(devices))
     assert not chain.ran(cfg, "adapter_learning")
+
+
+def at_work(
+    tmp_path: Path, devices: int, **behave: Any
+) -> tuple[DictConfig, subprocess.Popen[str]]:
+    """A launch whose processes are all at work, for a minute."""
+    changes = {"training__trainer__devices": devices, "training__behave": {"sleep": 60, **behave}}
+    cfg = chain.config(tmp_path, "interactive", "training", **changes)
+    process = launch_apart(cfg, tmp_path)
+    assert process.stdout is not None
+    lines = (line for line in process.stdout if "at work" in line)
+    for _ in range(devices):
+        next(lines)
+    return cfg, process
+
+
+def test_a_killed_rank_is_named_and_the_others_end(tmp_path):
+    cfg, process = at_work(tmp_path, 3)
+    started = time.monotonic()
+    os.kill(chain.met(cfg, "training", 1)["pid"], signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < 30
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "rank 1: killed by signal KILL\n" in out
+    assert "rank 0" not in out.partition("killed")[2]
+    assert not any(alive(chain.met(cfg, "training", rank)["pid"]) for rank in range(3))
+    assert chain.state(cfg, "training")["state"] == "FAILED"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_reaches_the_processes_and_how_to_go_on_is_said(tmp_path, number):
+    cfg, process = at_work(tmp_path, 2, checkpoints=True)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"checkpointed; to go on: bash {chain.script(cfg, 'training')}\n" in out
+    assert "killed" not in out
+
+
+def test_a_persons_end_lets_the_processes_checkpoint_and_starts_nothing_again(tmp_path):
+    cfg, process = at_work(tmp_path, 2, checkpoints=True)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "checkpointed; to go on: bash " in out
+    assert chain.state(cfg, "training")["state"] == "CANCELLED"
 
 
 def test_state_is_failed_when_the_script_itself_is_killed(tmp_path):
