@@ -13,6 +13,9 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 Group = dist.ProcessGroup
+# torch's newer and older names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _SumBackward(Function):
@@ -135,17 +138,18 @@ def run_of(group: Group, length: int) -> tuple[int, int]:
     return dist.get_rank(group) * size, size
 
 
-def own_columns(x: Tensor, group: Group) -> Tensor:
-    """This rank's run of the columns of [B, S, ...]; zeros where it reaches behind the row."""
+def own_columns(x: Tensor, group: Group, padding: int = 0) -> Tensor:
+    """This rank's run of the columns of [B, S, ...]; `padding` where it reaches behind the row."""
     start, size = run_of(group, x.shape[1])
     own = x[:, start : start + size]
     missing = size - own.shape[1]
-    return own if not missing else F.pad(own, (0, 0) * (x.ndim - 2) + (0, missing))
+    return own if not missing else F.pad(own, (0, 0) * (x.ndim - 2) + (0, missing), value=padding)
 
 
 def _sum(x: Tensor, group: Group) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    if not x.is_meta:  # of a layer that lies elsewhere
+        dist.all_reduce(x, group=group)
     return x
 
 
@@ -153,7 +157,7 @@ def _gather(x: Tensor, group: Group) -> Tensor:
     """Runs [B, s, ...] to rows [B, n s, ...]."""
     run = x.transpose(0, 1).contiguous()  # columns first, as ranks follow each other
     whole = run.new_empty(dist.get_world_size(group) * run.shape[0], *run.shape[1:])
-    dist.all_gather_into_tensor(whole, run, group=group)
+    _all_gather(whole, run, group=group)
     return whole.transpose(0, 1)
 
 
@@ -165,5 +169,5 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
     rows = x.transpose(0, 1).contiguous()
     own = rows.new_empty(size, *rows.shape[1:])
-    dist.reduce_scatter_tensor(own, rows, group=group)
+    _scatter_sum(own, rows, group=group)
     return own.transpose(0, 1)

@@ -25,8 +25,15 @@ from graftwerk.adapters.ranks import Ranks
 from graftwerk.adapters.slots import JoinSlot, Slot, slots_of
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5
-from graftwerk.models.layers import Attention, Context
-from graftwerk.parallel.exchange import scale_backward, sum_backward, sum_forward
+from graftwerk.models.layers import Attention, Context, Layers, TransformerLayer
+from graftwerk.parallel.exchange import (
+    enter_row,
+    leave_row,
+    scale_backward,
+    sum_backward,
+    sum_forward,
+)
+from graftwerk.parallel.sequence import SplitJoin, SplitRow, between_sublayers, row_of, tell_part
 from graftwerk.parallel.shares import (
     gather,
     layout_of,
@@ -66,10 +73,14 @@ class SplitSublayer(ParallelStyle):
     """Splits one sublayer, given the names of its projections and of the slot that ends it.
 
     `blocks`: a first projection's rows are this many runs, each split apart (gate and up).
+    `sequence`: its input and its result are runs of the row's columns.
     """
 
-    def __init__(self, columns: tuple[str, ...], row: str, output: str, blocks: int = 1):
+    def __init__(
+        self, columns: tuple[str, ...], row: str, output: str, blocks: int = 1, *, sequence: bool
+    ):
         self.columns, self.row, self.output, self.blocks = columns, row, output, blocks
+        self.sequence = sequence
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group = device_mesh.get_group()
@@ -90,10 +101,13 @@ class SplitSublayer(ParallelStyle):
                     remember(parameter, Layout(partial_grad=True))  # each rank's heads alone
 
         def enter(_: nn.Module, args: tuple) -> tuple:
-            return sum_backward(args[0], group), *args[1:]
+            if not self.sequence:
+                return sum_backward(args[0], group), *args[1:]
+            flow = args[1].flow if isinstance(args[1], Context) else args[1]
+            return enter_row(args[0], group, row_of(flow).row_length), *args[1:]
 
         def leave(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return sum_forward(output, group)
+            return leave_row(output, group) if self.sequence else sum_forward(output, group)
 
         module.register_forward_pre_hook(enter)
         module.get_submodule(self.output).register_forward_hook(leave)
@@ -149,10 +163,10 @@ class SplitHeads(ParallelStyle):
 
 
 class GroupRanks(Ranks):
-    """The ranks of a process group, among which features are split."""
+    """The ranks of a process group, among which features are split, and columns if `sequence`."""
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, sequence: bool = False):
+        self.group, self.sequence = group, sequence
         self.first = dist.get_rank(group) == 0
         self.count = dist.get_world_size(group)
 
@@ -189,6 +203,8 @@ class GroupRanks(Ranks):
         """Gives a part of a slot its shares; `shares` are those of the parts before it, by the
         whole: parts may have parameters in common."""
         assert isinstance(slot, Slot)
+        if self.sequence and between_sublayers(slot):
+            tell_part(part, slot, self)
         if not isinstance(part, Part):
             return
         if slot.site.split == "row":
@@ -202,8 +218,10 @@ class GroupRanks(Ranks):
             setattr(module, leaf, shares[whole])
 
 
-def parallelize(model: GPT | T5 | BERT, mesh: DeviceMesh) -> None:
+def parallelize(model: GPT | T5 | BERT, mesh: DeviceMesh, sequence: bool = False) -> None:
     """Splits a model and the adapters that it holds over a one-dimensional mesh, in place.
+
+    `sequence`: between sublayers, rows are split by their columns (`parallel.sequence`).
 
     Adapters that are added later are split as they are added: with the same random numbers on all
     ranks. From here on `model.adapter_state` gives whole tensors, to all ranks at once, and
@@ -219,10 +237,14 @@ def parallelize(model: GPT | T5 | BERT, mesh: DeviceMesh) -> None:
     active, skipped = model.active, model.plan.skip_layers
     model.set_active(None)  # parameters of the base are in their places
     group = mesh.get_group()
-    parallelize_module(model, mesh, _plan(model))
+    parallelize_module(model, mesh, _plan(model, sequence))
+    if isinstance(model, T5):
+        parallelize_module(model.decoder, mesh, EncoderStates())
+    if sequence:
+        _note_norms(model)
     _split_words(model, group)
     _split_copies(model, group)
-    model.ranks = GroupRanks(group)
+    model.ranks = GroupRanks(group, sequence)
     split = model.ranks.splitter()
     for slot in slots_of(model).values():
         for part in (*slot.adapter_layer.values(), *slot.fusion_layer.values()):
@@ -249,13 +271,14 @@ def _check_sizes(model: GPT | T5 | BERT, ranks: int) -> None:
         )
 
 
-def _plan(model: GPT | T5 | BERT) -> dict[str, ParallelStyle]:
+def _plan(model: GPT | T5 | BERT, sequence: bool) -> dict[str, ParallelStyle]:
     """A style for each submodule that is split or told of it, by its path."""
     blocks = 2 if model.config.gated else 1
+    split = partial(SplitSublayer, sequence=sequence)
     layer: dict[str, ParallelStyle] = {
-        "self_attention": SplitSublayer(("linear_qkv",), "linear_proj", "output"),
-        "cross_attention": SplitSublayer(("linear_q", "linear_kv"), "linear_proj", "output"),
-        "mlp": SplitSublayer(("linear_fc1",), "linear_fc2", "fc2", blocks),
+        "self_attention": split(("linear_qkv",), "linear_proj", "output"),
+        "cross_attention": split(("linear_q", "linear_kv"), "linear_proj", "output"),
+        "mlp": split(("linear_fc1",), "linear_fc2", "fc2", blocks),
     }
     paths = {path: module for path, module in model.named_modules()}
     plan: dict[str, ParallelStyle] = {}
@@ -264,13 +287,24 @@ def _plan(model: GPT | T5 | BERT) -> dict[str, ParallelStyle]:
         name = rest.partition(".")[2]
         if name in layer and stack in ("encoder", "decoder"):
             plan[path] = layer[name]
+        elif sequence and between_sublayers(module):
+            plan[path] = SplitJoin()
         elif isinstance(module, JoinSlot):
             plan[path] = SharedBias()
+        elif sequence and isinstance(module, Layers):
+            plan[path] = SplitRow()
         elif path in ("encoder.relative_position", "decoder.relative_position"):
             plan[path] = SplitHeads()
-    if isinstance(model, T5) and "decoder" in paths:
-        plan["decoder"] = EncoderStates()
     return plan
+
+
+def _note_norms(model: nn.Module) -> None:
+    """Between sublayers each rank finds, of what norms are trained, its columns' gradients."""
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer):
+            for name, norm in layer.named_children():
+                for parameter in norm.parameters() if name.endswith("layernorm") else ():
+                    remember(parameter, Layout(partial_grad=True))
 
 
 def _split_words(model: GPT | T5 | BERT, group: dist.ProcessGroup) -> None:

@@ -39,11 +39,12 @@ from tests.graftwerk.tiny import GPT2, LLAMA, shake, tokens
 SHAPES: dict[str, TransformerConfig] = {
     "gpt2": replace(GPT2, num_layers=2),
     "llama": replace(LLAMA, num_layers=2, qk_layernorm=True),
-    "t5": replace(CONFIGS["t5"], decoder_num_layers=2),
+    "t5": replace(CONFIGS["t5"], num_layers=1, decoder_num_layers=1),
     "native_t5": replace(CONFIGS["native_t5"], num_layers=1, decoder_num_layers=2),
     "bert": BERT_SHAPE,
 }
 BN = BnConfig(mh_adapter=True, cross_adapter=True, reduction_factor=8)
+GATED = replace(BN, is_parallel=True, use_gating=True)
 PREFIX = PrefixTuningConfig(prefix_length=2, bottleneck_dim=6)
 HUB_PLACES = ("query", "value", "output", "cross_query", "cross_output", "fc1", "fc2")
 
@@ -79,7 +80,7 @@ ONE_ADAPTER: dict[str, MethodConfig] = {
     "hub_ia3_gated": hub(r=1, composition_mode="scale", init_weights="ia3", use_gating=True),
     "bottleneck": BottleneckConfig(dim=5),
     "bn": replace(BN, original_ln_before=True, scaling="channel", ln_before=True),
-    "bn_parallel": replace(BN, is_parallel=True, use_gating=True),
+    "bn_parallel": GATED,
     "compacter": replace(BN, phm_layer=True, phm_init_range=1.0),
     "invertible": replace(BN, inv_adapter="nice"),
     "prompt": PromptTuningConfig(virtual_tokens=3),
