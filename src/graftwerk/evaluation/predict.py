@@ -110,8 +110,12 @@ class Answerer:
         model: GPT | T5 | BERT,
         prompts: Sequence[Sequence[int]],
         progress: Callable[[int], object] = lambda finished: None,
+        numbers: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """What the model says to each prompt. A prompt's place says what chance makes of it."""
+        """What the model says to each prompt.
+
+        A prompt's number says what chance makes of it; None: its place.
+        """
         ending = Ending(self.tokenizer, self.sampling)
         rows = complete(
             model,
@@ -121,6 +125,7 @@ class Answerer:
             batch_size=self.batch_size,
             stop=ending if ending.strings else None,
             progress=progress,
+            numbers=numbers,
         )
         return [self._answer(row, ending.text(row.tokens).strip()) for row in rows]
 

@@ -45,6 +45,7 @@ class SpanAnswerer:
         model: GPT | T5 | BERT,
         questions: Sequence[WindowedQuestion],
         progress: Callable[[int], object] = lambda finished: None,
+        numbers: Sequence[int] | None = None,
     ) -> list[Answer]:
         """The text of the best span of each question's context."""
         best: list[tuple[float, int, Span]] = [(float("-inf"), 0, NOWHERE)] * len(questions)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich import box
 from rich.console import Console
@@ -28,10 +29,12 @@ from graftwerk.data.datamodule import data_files, encoders_from_config
 from graftwerk.data.jsonl import read_rows, replacing, write_json
 from graftwerk.errors import UserError
 from graftwerk.evaluation.metrics import squad_scores
-from graftwerk.evaluation.predict import Answerer, Questions
+from graftwerk.evaluation.predict import Answer, Answerer, Questions
 from graftwerk.evaluation.spans import SpanAnswerer
 from graftwerk.generation import Sampling
 from graftwerk.models import BERT, GPT, T5
+from graftwerk.parallel.mesh import Axis
+from graftwerk.parallel.placement import Placement
 from graftwerk.training.base import Base, revision_of
 from graftwerk.training.frozen import add_frozen, check_fusions, columns_of, read_frozen
 from graftwerk.training.goal import check_blocks, check_layers
@@ -50,6 +53,8 @@ def run(cfg: DictConfig) -> int:
         UserError: for input that a person can mend, before anything is written.
     """
     check(cfg)
+    world = World.from_environment()
+    world.check(cfg.trainer.get("devices") or 1, cfg.trainer.get("num_nodes") or 1)
     model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
     sampling = Sampling.from_keys(model_cfg.inference, model_cfg.seed)
     truth = read_truth(
@@ -72,26 +77,36 @@ def run(cfg: DictConfig) -> int:
             f"model.data.ground_truth_ds has no answer for {len(unknown)} questions of "
             f"model.data.test_ds, such as id {unknown[0]!r}"
         )
-    device = device_of(cfg.trainer, World.from_environment())
+    device = device_of(cfg.trainer, world)
     dtype = precision_of(cfg.trainer)
-    model = base.load(dtype, device, model_cfg.seed)
+    mesh = world.mesh(model_cfg, device)
+    first, say = world.rank == 0, (print if world.rank == 0 else _silence)
+    model = base.load(dtype, device, model_cfg.seed, mesh=mesh)
     scored = put_on(model, paths, files, compositions)
+    Placement(model, mesh)
     if base.fresh_head and model_cfg.evaluate_base:
-        print(f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one")
+        say(f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one")
     if sampling.idle:
-        print(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
+        say(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
 
     def result(name: str, path: str | None, model: GPT | T5 | BERT) -> dict[str, Any]:
         file = None if path is None else Path(path)
-        return evaluate(name, file, model, answerer, questions, truth, folder / place_of(name))
+        answers, seconds = ask(name, model, answerer, questions, mesh.data, first)
+        if not first:
+            return {}
+        place = folder / place_of(name)
+        return evaluate(name, file, answers, seconds, answerer, questions, truth, place)
 
     results = [result(BASE, None, model)] if model_cfg.evaluate_base else []
     for name, (path, composition) in scored.items():
         model.set_active(composition, skipped)
         results.append(result(name, path, model))
     for name, other in tuned.items():
-        model = other.load(dtype, device)  # in the place of the one before
+        model = other.load(dtype, device, mesh=mesh)  # in the place of the one before
+        Placement(model, mesh)
         results.append(result(name, other.path, model))
+    if not first:
+        return 0
     metrics = {
         "base_model": base.path,
         "questions": len(truth),
@@ -106,9 +121,6 @@ def run(cfg: DictConfig) -> int:
 def check(cfg: DictConfig) -> None:
     """Raises a UserError for what the configuration alone shows to be wrong."""
     model = cfg.model
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if (model.get(key) or 1) != 1:
-            raise UserError(f"model.{key}={model[key]} is not supported yet: set it to 1")
     for key in (
         "language_model_path",
         "adapters",
@@ -306,20 +318,45 @@ def read_questions(
     return questions
 
 
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """What the ranks other than zero say."""
+
+
+def ask(
+    name: str,
+    model: GPT | T5 | BERT,
+    answerer: Answerer | SpanAnswerer,
+    questions: Questions,
+    data: Axis,
+    shown: bool,
+) -> tuple[list[Answer], float]:
+    """A model's answers, and the seconds they took; each replica of the model answers its share.
+
+    `shown`: a progress bar is.
+    """
+    start, numbers = time.monotonic(), range(data.rank, len(questions.prompts), data.size)
+    own = [questions.prompts[number] for number in numbers]
+    with progress_bar(name, len(own), shown) as advance:
+        answers = answerer.answer(model, own, advance, numbers)
+    if data.group is not None:
+        found: list[list[Answer]] = [[] for _ in range(data.size)]
+        dist.all_gather_object(found, answers, data.group)
+        places = range(len(questions.prompts))
+        answers = [found[n % data.size][n // data.size] for n in places]
+    return answers, time.monotonic() - start
+
+
 def evaluate(
     name: str,
     path: Path | None,
-    model: GPT | T5 | BERT,
+    answers: list[Answer],
+    seconds: float,
     answerer: Answerer | SpanAnswerer,
     questions: Questions,
     truth: dict[str, list[str]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Answers all questions with a model as it is, writes the answers to `folder`, scores them."""
-    start = time.monotonic()
-    with progress_bar(name, len(questions.rows)) as advance:
-        answers = answerer.answer(model, questions.prompts, advance)
-    seconds = time.monotonic() - start
+    """Writes a model's answers to `folder`, scores them."""
     with replacing(folder / "predictions.jsonl") as file:
         for row, more, answer in zip(questions.rows, questions.metadata, answers, strict=True):
             kept = {key: row[key] for key in ("id", "taskname", "question") if key in row}
@@ -353,9 +390,9 @@ def learned(path: Path | None) -> dict[str, Any]:
 
 
 @contextmanager
-def progress_bar(name: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress_bar(name: str, total: int, shown: bool = True) -> Iterator[Callable[[int], object]]:
     """A bar on a terminal, a line at the end elsewhere; yields what to call with finished rows."""
-    console = Console()
+    console = Console(quiet=not shown)
     if not sys.stdout.isatty():
         yield lambda finished: None
         console.print(f"{name}: {total} questions answered")

@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints import read_adapters
 from graftwerk.checkpoints.resume import read_checkpoint
+from graftwerk.data.jsonl import read_rows
+from graftwerk.stages import eval as evaluation
 from graftwerk.stages import learning
 from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
-from tests.graftwerk.tiny_families import as_family, save_tiny
+from tests.graftwerk.tiny_families import as_family, eval_cfg, save_tiny
 
 __all__ = ["base", "cfg", "rows"]
 
@@ -51,7 +53,9 @@ def process(rank: int, port: int, runs: list[tuple[str, dict]]) -> None:
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in given.items()}, MASTER_ADDR="127.0.0.1")
     for stage, config in runs:
-        assert learning.run(stage, OmegaConf.create(config)) == 0
+        made = OmegaConf.create(config)
+        ran = evaluation.run(made) if stage == "eval" else learning.run(stage, made)
+        assert ran == 0
     dist.destroy_process_group()
 
 
@@ -113,13 +117,32 @@ def at(cfg: DictConfig, folder: Path) -> DictConfig:
     return made
 
 
+def asked(learned: DictConfig, folder: Path) -> DictConfig:
+    """An eval stage of what was learned, with results in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    made = eval_cfg(learned, folder)
+    return made
+
+
+def told(cfg: DictConfig, name: str) -> list[dict]:
+    folder = Path(cfg.exp_manager.explicit_log_dir) / name
+    return [row for _, row in read_rows(folder / "predictions.jsonl")]
+
+
 @pytest.mark.parametrize("family", ["gpt", "t5"])
 def test_every_layout_learns_what_one_process_learns(family: str, peft: DictConfig, tmp_path: Path):
     """Training, validation, checkpoints and the file; and one process goes on from each layout."""
     whole = of_family(peft, family, tmp_path)
     alone = at(whole, tmp_path / "alone")
     runs = {name: as_layout(at(whole, tmp_path / name), name) for name in LAYOUTS}
-    on_two_processes([("peft", up_to(config, FIRST)) for config in runs.values()])
+    first = [("peft", up_to(config, FIRST)) for config in runs.values()]
+    questions = []
+    if family == "t5":
+        questions = [
+            ("eval", as_layout(asked(config, tmp_path / name), name))
+            for name, config in runs.items()
+        ]
+    on_two_processes([*first, *questions])
     assert learning.run("peft", up_to(alone, FIRST)) == 0
     states = checkpoint(alone)
     for config in runs.values():
@@ -131,6 +154,12 @@ def test_every_layout_learns_what_one_process_learns(family: str, peft: DictConf
         assert list(found["optimizer_states"][0]["state"]) == list(moments)
         for key, values in moments.items():
             assert_alike(found["optimizer_states"][0]["state"][key], values, 1e-4)
+    if questions:
+        alike = asked(alone, tmp_path / "alone")
+        assert evaluation.run(alike) == 0
+        for _, config in questions:
+            for name in ("base", "mine"):
+                assert told(config, name) == told(alike, name)
     assert learning.run("peft", alone) == 0
     for name in runs:
         on = at(whole, tmp_path / name)  # the same folder, on one process
