@@ -144,6 +144,7 @@ class ClassificationHead(PredictionHead):
     def loss(self, scores: dict[str, Tensor], given: dict[str, Tensor], states: States) -> Tensor:
         logits, labels = scores["logits"], given["labels"]
         if logits.shape[-1] == 1:
+            _check_count(labels, logits.shape[:-1])
             return F.mse_loss(logits.view(-1), labels.view(-1).to(logits.dtype))
         return cross_entropy(logits, labels)
 
@@ -152,8 +153,9 @@ class MultiLabelHead(ClassificationHead):
     """Any number of labels for each row; labels [B, labels] of 0 and 1."""
 
     def loss(self, scores: dict[str, Tensor], given: dict[str, Tensor], states: States) -> Tensor:
-        logits = scores["logits"]
-        return F.binary_cross_entropy_with_logits(logits, given["labels"].to(logits.dtype))
+        logits, labels = scores["logits"], given["labels"]
+        _check_count(labels, logits.shape)
+        return F.binary_cross_entropy_with_logits(logits, labels.view_as(logits).to(logits.dtype))
 
 
 class MultipleChoiceHead(ClassificationHead):
@@ -179,6 +181,7 @@ class TaggingHead(PredictionHead):
 
     def loss(self, scores: dict[str, Tensor], given: dict[str, Tensor], states: States) -> Tensor:
         labels = given["labels"]
+        _check_count(labels, scores["logits"].shape[:-1])
         if states.mask is not None:
             labels = labels.masked_fill(states.mask.view_as(labels) == 0, IGNORED)
         return cross_entropy(scores["logits"], labels)
@@ -196,6 +199,8 @@ class QuestionAnsweringHead(PredictionHead):
 
     def loss(self, scores: dict[str, Tensor], given: dict[str, Tensor], states: States) -> Tensor:
         length = scores["start_logits"].shape[1]
+        for name in self.labels:
+            _check_count(given[name], scores["start_logits"].shape[:-1], name)
         start, end = (given[name].view(-1).clamp(0, length) for name in self.labels)
         first = cross_entropy(scores["start_logits"], start, ignored=length)
         return (first + cross_entropy(scores["end_logits"], end, ignored=length)) / 2
@@ -215,6 +220,7 @@ class LMHead(PredictionHead):
 
     def loss(self, scores: dict[str, Tensor], given: dict[str, Tensor], states: States) -> Tensor:
         logits, labels = scores["logits"], given["labels"]
+        _check_count(labels, logits.shape[:-1])
         if self.config["shift_labels"]:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return cross_entropy(logits, labels)
@@ -247,10 +253,36 @@ class Words(nn.Module):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
-    """The mean over labels [N...] that are not `ignored`; 0 where all are; logits [N..., C]."""
+    """The mean over labels [N...] that are not `ignored`; 0 where all are; logits [N..., C].
+
+    Raises:
+        UserError: where there are more labels or fewer, and for one that is not from 0 to C - 1.
+    """
+    _check_count(labels, logits.shape[:-1])
     logits, labels = logits.flatten(0, -2).float(), labels.flatten().long()
+    _check_range(labels, logits.shape[-1], ignored)
     total = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
     return total / (labels != ignored).sum().clamp(min=1)
+
+
+def _check_count(labels: Tensor, shape: torch.Size, name: str = "labels") -> None:
+    if labels.numel() != shape.numel():
+        raise UserError(
+            f"{name} has shape {list(labels.shape)}, and the head answers for {list(shape)}: give "
+            f"one for each"
+        )
+
+
+def _check_range(labels: Tensor, count: int, ignored: int) -> None:
+    """On a GPU the kernel asserts it: to ask there would wait for all that is under way."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= count))]
+    if wrong.numel():
+        raise UserError(
+            f"labels holds {int(wrong[0])}, and the head has {count} labels: use 0 to {count - 1}, "
+            f"or {IGNORED} for a place without one"
+        )
 
 
 CLASSES: dict[str, type[PredictionHead]] = {
@@ -304,7 +336,8 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """A head's dictionary with all the settings of its type.
 
     Raises:
-        UserError: for a type or a key that is not known.
+        UserError: for a type or a key that is not known, a number below 1, and an `id2label` that
+            does not name each label once.
     """
     kind = config.get("head_type")
     if kind not in HEAD_TYPES:
@@ -314,13 +347,36 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known and key not in ("head_type", "id2label"):
             raise UserError(f"a {kind} head has no key {key!r}: use one of {', '.join(known)}")
     made = {"head_type": kind, **known, **config}
+    for key in ("num_labels", "num_choices", "layers"):
+        number = made.get(key, 1)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise UserError(f"{key}={number!r} of a {kind} head: a whole number from 1 is needed")
+    if kind == "question_answering" and made["num_labels"] != 2:
+        raise UserError(
+            f"num_labels={made['num_labels']} of a {kind} head: it must be 2, begin and end"
+        )
     names = made.pop("id2label", None)
-    if names is not None:
-        made["label2id"] = {label: int(number) for number, label in names.items()}
     count = made.get("num_labels", made.get("num_choices"))
+    if names is not None:
+        made["label2id"] = _numbers(names, kind, count)
     if count is not None and made["label2id"] is None:
         made["label2id"] = {f"LABEL_{number}": number for number in range(count)}
     return made
+
+
+def _numbers(names: Mapping[Any, str], kind: str, count: int | None) -> dict[str, int]:
+    """The numbers of labels by their names, of `id2label`."""
+    key = "num_choices" if kind == "multiple_choice" else "num_labels"
+    try:
+        said = {label: int(number) for number, label in names.items()}
+    except (TypeError, ValueError):
+        raise UserError(f"id2label={names!r} of a {kind} head: labels by their numbers") from None
+    if count is not None and sorted(said.values()) != list(range(count)):
+        raise UserError(
+            f"id2label={dict(names)} of a {kind} head: with {key}={count} it must name each of 0 to "
+            f"{count - 1}, each otherwise"
+        )
+    return said
 
 
 def _activation(config: Mapping[str, Any]) -> list[nn.Module]:

@@ -154,11 +154,53 @@ def test_labels_have_names_and_the_dictionary_is_whole():
         ({"head_type": "pooling"}, "head_type 'pooling' is not known"),
         ({"head_type": "tagging", "labels": 3}, "tagging head has no key 'labels'"),
         ({"head_type": "classification", "activation_function": "x"}, "'x' is not known"),
+        ({"head_type": "classification", "num_labels": 0}, "num_labels=0 of a classification"),
+        ({"head_type": "tagging", "num_labels": True}, "num_labels=True"),
+        ({"head_type": "tagging", "layers": 0}, "layers=0 of a tagging head"),
+        ({"head_type": "causal_lm", "vocab_size": 5, "layers": -1}, "layers=-1"),
+        ({"head_type": "multiple_choice", "num_choices": 0}, "num_choices=0"),
+        ({"head_type": "question_answering", "num_labels": 3}, "num_labels=3 .* must be 2"),
+        ({"head_type": "tagging", "num_labels": 3, "id2label": {0: "O", 1: "B"}}, "num_labels=3"),
+        ({"head_type": "tagging", "id2label": {1: "O", 2: "B"}}, "id2label=.* each of 0 to 1"),
+        ({"head_type": "tagging", "id2label": {0: "O", 1: "O"}}, "id2label="),
+        ({"head_type": "multiple_choice", "id2label": {0: "a"}}, "num_choices=2"),
+        ({"head_type": "tagging", "id2label": {"O": 0, "B": 1}}, "labels by their numbers"),
     ],
 )
 def test_a_wrong_dictionary_is_refused(config, said):
     with pytest.raises(UserError, match=said):
         build_head(config, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("classification", {"labels": [0, 3]}, "labels holds 3, and the head has 3 labels"),
+        ("classification", {"labels": [0, -1]}, "labels holds -1"),
+        ("tagging", {"labels": [[0] * 4 + [7]] * 2}, "labels holds 7"),
+        ("classification", {"labels": [0, 1, 2]}, r"labels has shape \[3\], .* for \[2\]"),
+        ("tagging", {"labels": [0, 1]}, r"labels has shape \[2\], .* for \[2, 5\]"),
+        ("masked_lm", {"labels": [[1] * 4] * 2}, r"labels has shape \[2, 4\]"),
+        ("causal_lm", {"labels": [[1] * 4] * 2}, r"labels has shape \[2, 4\]"),
+        ("multilabel_classification", {"labels": [1, 0]}, r"for \[2, 3\]"),
+        (
+            "question_answering",
+            {"start_positions": [0, 1], "end_positions": [1]},
+            r"end_positions has shape \[1\], .* for \[2\]",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_named_in_one_line(kind, given, said):
+    head = head_of(kind, 2 if kind == "question_answering" else 3)
+    labels = {key: torch.tensor(value) for key, value in given.items()}
+    with pytest.raises(UserError, match=said) as caught:
+        head(states_of(mask=torch.ones(2, 5)), labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_numbers_are_refused_and_not_spread_over_the_rows():
+    with pytest.raises(UserError, match=r"labels has shape \[1\]"):
+        head_of("classification", 1)(states_of(), {"labels": torch.tensor([0.5])})
 
 
 def test_a_fresh_head_is_near_indifferent():
