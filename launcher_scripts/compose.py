@@ -79,7 +79,7 @@ class Composer:
     ) -> None:
         """Raises `Mistakes` for folders and files that do not exist."""
         self.name = config_name or "config"
-        self.folder = main = _folder(config_path) if config_path else CONF
+        main = _folder(config_path) if config_path else CONF
         search = create_config_search_path(str(main))
         schema = SearchPathQuery(provider="schema")
         if main != CONF:

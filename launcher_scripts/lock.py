@@ -82,7 +82,8 @@ def occupied(jobs: Sequence[Job]) -> list[str]:
 def _refusal(job: Job, who: str) -> str:
     return (
         f"{job.stage}.run.results_dir: {who} of an earlier launch works in {job.results_dir}: "
-        "wait for it, end it, or set another results_dir"
+        f"wait for it, end it with action=cancel results={job.results_dir}, or set another "
+        "results_dir"
     )
 
 

@@ -41,12 +41,19 @@ examples
   python3 main.py stages=ia3_learning ia3_learning=t5/squad cluster_type=bcp
   python3 main.py stages=adapter_learning --multirun adapter_learning.model.optim.lr=1e-3,1e-4
 
+looking after what was launched, with the same words or with results=FOLDER (docs/actions.md)
+  action=status     every stage: state, job, runtime, progress, why it waits or failed;
+                    watch=True keeps it on the screen
+  action=logs       the log of a stage (stage=NAME, of a sweep point=NAME); watch=True follows it
+  action=cancel     end the chain, the last stage first
+  action=resume     launch again from the first stage that has not succeeded
+
 groups (choose with group=option)
 {groups}
 
 keys beside the stages' own
   stages, cluster_type (bcm, bcp, interactive), data_dir, base_results_dir, container,
-  container_mounts, env_vars, wandb_api_key_file, launcher_scripts_path
+  container_mounts, env_vars, wandb_api_key_file, launcher_scripts_path, sweep.max_parallel
   dry_run=True      write all files, submit nothing (NEMO_LAUNCHER_DEBUG=1 does the same)
   docs/configuration.md explains every key; --cfg job prints what is composed.
 
@@ -75,6 +82,13 @@ def main(argv: list[str]) -> int:
 
 
 def _main(args: Any, parser: Any) -> int:
+    if any(word.lstrip("+").startswith("action=") for word in args.overrides):
+        from launcher_scripts import actions
+
+        asked = actions.request(_command(args))
+        if asked is not None:
+            return actions.perform(asked)
+        args.overrides = [w for w in args.overrides if not w.lstrip("+").startswith("action=")]
     from launcher_scripts.compose import Composer
 
     composer = Composer(args.config_name, args.config_path, args.config_dir)
@@ -89,21 +103,26 @@ def _main(args: Any, parser: Any) -> int:
             raise Mistakes(["--experimental-rerun: it would unpickle a file; start main.py again"])
         if args.resolve:
             raise Mistakes(["--resolve: goes with --cfg"])
-        from launcher_scripts.manifest import Command
-
-        command = Command(
-            tuple(args.overrides),
-            bool(args.multirun),
-            args.config_name,
-            str(composer.folder) if args.config_path else None,
-            args.config_dir and str(Path(args.config_dir).absolute()),
-            os.getcwd(),
-        )
+        command = _command(args)
         if args.multirun:
             return _sweep(composer, command)
         return _one(composer, command)
     finally:
         composer.close()
+
+
+def _command(args: Any) -> "Command":
+    """The words and flags, so that they compose the same from any folder."""
+    from launcher_scripts.manifest import Command
+
+    return Command(
+        tuple(args.overrides),
+        bool(args.multirun),
+        args.config_name,
+        args.config_path,
+        args.config_dir,
+        os.getcwd(),
+    )
 
 
 def _one(composer: "Composer", command: "Command") -> int:

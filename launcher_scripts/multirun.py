@@ -33,7 +33,9 @@ def launch(points: Sequence[tuple[str, DictConfig]], notices: list[str], command
     `pipeline.launch` does; of points that run here, that of the first that failed.
     """
     try:
-        return _launch(plan(points), notices, command)
+        runs = plan(points)
+        chains = [Chain(pipeline.stages_of(r.cfg, list(r.jobs)), r.label) for r in runs]
+        return start(runs, notices, chains, command)
     except LaunchError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -56,7 +58,8 @@ def plan(points: Sequence[tuple[str, DictConfig]]) -> list[Run]:
     return runs
 
 
-def _launch(runs: list[Run], notices: list[str], command: Command) -> int:
+def start(runs: list[Run], notices: list[str], chains: list[Chain], command: Command | None) -> int:
+    """Check, write and run; `chains`, where there are some, go into the manifest."""
     cfg, on_slurm = runs[0].cfg, runs[0].cluster.chained_by_cluster
     pipeline.check(cfg, [(run.cluster, list(run.jobs)) for run in runs], notices)
     with lock.hold([] if cfg.dry_run else unique(runs)):
@@ -67,7 +70,6 @@ def _launch(runs: list[Run], notices: list[str], command: Command) -> int:
             written |= {job.results_dir for job in new}
         print(table(runs), flush=True)
         if not cfg.dry_run:
-            chains = [Chain(pipeline.stages_of(r.cfg, list(r.jobs)), r.label) for r in runs]
             pipeline.record(cfg, chains, command)
         return _on_slurm(runs) if on_slurm else _here(runs)
 

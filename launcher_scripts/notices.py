@@ -59,6 +59,9 @@ FOREIGN_KEYS = {
         ("gres", "qos", "constraint", "reservation", "exclude"),
         'ours is cluster.sbatch_args, such as ["--gres=gpu:8"]',
     ),
+    "results": "it goes with action=status, logs, cancel or resume",
+    "watch": "it goes with action=status or action=logs",
+    **dict.fromkeys(("stage", "point"), "it goes with action=logs"),
     "walltime": "ours is run.time_limit",
 }
 

@@ -34,12 +34,24 @@ def launch(cfg: DictConfig, notices: list[str], command: Command | None = None) 
 def _launch(cfg: DictConfig, notices: list[str], command: Command | None) -> int:
     cluster = backend(cfg.cluster_type)(cfg.cluster)
     jobs = plan(cfg, cluster)
+    return start(cfg, cluster, jobs, notices, [Chain(stages_of(cfg, jobs))], command)
+
+
+def start(
+    cfg: DictConfig,
+    cluster: Backend,
+    jobs: list[Job],
+    notices: list[str],
+    chains: list[Chain],
+    command: Command | None,
+) -> int:
+    """Check, write and run `jobs`; `chains`, where there are some, go into the manifest."""
     check(cfg, [(cluster, jobs)], notices)
     with lock.hold([] if cfg.dry_run else jobs):
         write(jobs, cluster)
         print(table(jobs, cluster), flush=True)
         if not cfg.dry_run:
-            record(cfg, [Chain(stages_of(cfg, jobs))], command)
+            record(cfg, chains, command)
             return run(jobs, cluster)
     print("\nDry run: the files above are written, nothing runs. To run them by hand:")
     print(*(f"  {line}" for line in cluster.next_steps(jobs)), sep="\n")
@@ -99,7 +111,9 @@ def log_dir(part: DictConfig, results_dir: Path) -> Path:
 
 
 def record(cfg: DictConfig, chains: list[Chain], command: Command | None) -> None:
-    """Add the launch to the manifest of the results root."""
+    """Add the launch to the manifest of the results root, unless it is there (no `chains`)."""
+    if not chains:
+        return
     root = Path(str(cfg.base_results_dir)).expanduser().absolute()
     try:
         manifest.record(root, Launch(cfg.cluster_type, tuple(chains), command, state.now()))
