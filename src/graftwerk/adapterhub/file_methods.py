@@ -7,7 +7,7 @@ from typing import Any
 from graftwerk.adapterhub.adapter_methods import AdapterMethods
 from graftwerk.adapterhub.context import Setup, composition_of, head_names
 from graftwerk.adapterhub.default_head import BaseWords
-from graftwerk.adapterhub.head_methods import HeadMethods
+from graftwerk.adapterhub.head_methods import HeadMethods, Labels
 from graftwerk.adapterhub.hub_names import find_adapter
 from graftwerk.adapters.composition import Composition
 from graftwerk.checkpoints.adapter import load_adapter as load_any
@@ -72,14 +72,20 @@ class FileMethods(AdapterMethods, HeadMethods):
         with_head: bool = True,
         leave_out: Sequence[int] | None = None,
         set_active: bool = False,
+        *,
+        source: str | None = None,
+        id2label: Labels = None,
+        use_safetensors: bool = True,
+        **others: Any,
     ) -> str:
         """Adds a saved adapter, and the head beside it; returns its name.
 
         Args:
             adapter_name_or_path: a folder, a file in one, a name of the Hub
-                (`AdapterHub/bert-base-uncased-pf-sst2`), or the older form `sentiment/sst-2@ukp`,
-                which stands for one adapter for each base. Files of peft, of NeMo and of our own
-                are known by what is in them.
+                (`AdapterHub/bert-base-uncased-pf-sst2`), or one of the older forms:
+                `sentiment/sst-2@ukp`, which stands for one adapter for each base, and
+                `@ukp/bert-base-uncased_sentiment_sst-2_pfeiffer`. Files of peft, of NeMo and of our
+                own are known by what is in them.
             config: of the older form: its architecture (`pfeiffer`); a dictionary: keys of the
                 adapter's configuration that get other values.
             version: a branch, tag or commit of a name of the Hub.
@@ -87,10 +93,19 @@ class FileMethods(AdapterMethods, HeadMethods):
             load_as: what it is called here; None: as in the file, or the data set of the older
                 form.
             leave_out: layers, numbered from 0, that get no part of it.
+            source: `hf`: a name that is no path is one of the Hub; `ah`: it is of an older form.
+            id2label: the labels of its head, instead of those in the file.
+            use_safetensors: which weights are read where a folder has both forms.
 
         Raises:
-            UserError: where there is none, says where it was looked for; where it does not fit.
+            UserError: where there is none, says where it was looked for; where it does not fit; for
+                an argument that has no meaning here.
         """
+        for key in others:
+            known = "source, id2label, use_safetensors"
+            raise UserError(
+                f"load_adapter: {key}= has no meaning here: leave it out ({known} have)"
+            )
         wanted = config if isinstance(config, str) else None
         changes = None if isinstance(config, str) or config is None else dict(config)
         own_name = model_name or getattr(self.config, "name_or_path", None)
@@ -98,14 +113,21 @@ class FileMethods(AdapterMethods, HeadMethods):
         if path.is_file() or (path.is_dir() and not is_adapterhub(path)):
             known = path.parent if path.is_file() and is_adapterhub(path.parent) else None
             if known is None:
+                if id2label is not None:
+                    raise UserError(f"{path}: id2label is for AdapterHub's folders with a head")
                 return self._load_other(path, load_as, leave_out, set_active)
-        found = find_adapter(str(adapter_name_or_path), own_name, wanted, version)
+        found = find_adapter(str(adapter_name_or_path), own_name, wanted, version, source)
+        folder, left = found.folder, tuple(leave_out or ())
+        heads = read_adapterhub(folder, safetensors=use_safetensors).heads if with_head else []
+        if id2label is not None and not heads:
+            raise UserError(
+                f"{folder}: id2label names labels of a head, and none is loaded with it"
+            )
         name = load_as or found.name
-        name = load_adapterhub(self.base, found.folder, name, changes, tuple(leave_out or ()))
-        heads = read_adapterhub(found.folder).heads if with_head else []
+        name = load_adapterhub(self.base, folder, name, changes, left, use_safetensors)
         if heads:
             try:
-                self._take_head(only(heads, found.folder, "head"), str(found.folder), name)
+                self._take_head(only(heads, folder, "head"), str(folder), name, id2label)
             except UserError:
                 self.base.delete_adapter(name)
                 raise
@@ -154,11 +176,12 @@ class FileMethods(AdapterMethods, HeadMethods):
         part = only(read_adapterhub(save_directory, [HEAD]).heads, str(save_directory), "head")
         return self._take_head(part, str(save_directory), load_as or part.name)
 
-    def _take_head(self, part: HubPart, where: str, name: str) -> str:
+    def _take_head(self, part: HubPart, where: str, name: str, labels: Labels = None) -> str:
+        config = part.config if labels is None else {**part.config, "id2label": dict(labels)}
         before = dict(self.heads.items()).get(name)
         active = list(self._active_heads)
         try:
-            self.add_head(name, part.config, overwrite_ok=True).load_file_state(part.tensors)
+            self.add_head(name, config, overwrite_ok=True).load_file_state(part.tensors)
         except UserError as error:
             if before is not None:
                 self.heads[name] = before

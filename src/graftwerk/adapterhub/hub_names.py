@@ -1,7 +1,8 @@
-"""Names of adapters on the Hub, and the older form `task/dataset@organisation`.
+"""Names of adapters on the Hub, and the older forms `task/dataset@organisation` and `@ukp/name`.
 
-What AdapterHub's own repository held under the older form lies on the Hub, in the organisation
-AdapterHub, as `<model>_<task>_<dataset>_<architecture>` (some as `<model>-<dataset>_...`).
+What AdapterHub's own repository held under the older forms lies on the Hub, in the organisation
+AdapterHub, as `<model>_<task>_<dataset>_<architecture>` (some as `<model>-<dataset>_...`). The form
+`@organisation/name` says that name whole.
 """
 
 import re
@@ -13,8 +14,10 @@ from graftwerk.checkpoints import hub
 from graftwerk.errors import UserError
 
 OLDER = re.compile(r"(?P<task>[\w.-]+)/(?P<dataset>[\w.-]+)@(?P<organisation>[\w.-]+)")
+ENTRY = re.compile(r"@[\w.-]+/(?P<name>[A-Za-z0-9][\w.-]*)")
 SHORT = re.compile(r"[A-Za-z0-9][\w.-]*")  # a model of the Hub's early days: no organisation
 ORGANISATION = "AdapterHub"
+SOURCES = ("ah", "hf")  # AdapterHub's own repository, and the Hub
 # Of what an adapter's repository may hold.
 WANTED = ("*.json", "*.bin", "*.safetensors")
 ARCHITECTURES = {
@@ -40,23 +43,37 @@ def find_adapter(
     model_name: str | None,
     config: str | None = None,
     revision: str | None = None,
+    source: str | None = None,
 ) -> Found:
-    """The folder of an adapter: a folder, a file in one, a name of the Hub, or the older form.
+    """The folder of an adapter: a folder, a file in one, a name of the Hub, or an older form.
 
     Args:
-        model_name: of the base, which the older form hangs on.
-        config: the name of the architecture, which the older form hangs on; None: pfeiffer.
+        model_name: of the base, which `task/dataset@organisation` hangs on.
+        config: the name of the architecture, which the same hangs on; None: pfeiffer.
+        source: of what is no path here: `hf` takes names of the Hub alone, `ah` the older forms
+            alone; None: both.
 
     Raises:
-        UserError: where it is nowhere; says where it was looked for.
+        UserError: where it is nowhere; says where it was looked for. For another `source`.
     """
+    if source is not None and source not in SOURCES:
+        raise UserError(f"source={source!r}: 'ah', 'hf', or None for both")
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
     if path.exists():
         return Found(path if path.is_dir() else path.parent)
-    older = OLDER.fullmatch(name)
+    older, entry = OLDER.fullmatch(name), ENTRY.fullmatch(name)
+    if source == "hf" and (older or entry):
+        raise UserError(f"{name} is no name of the Hub: leave out source='hf', or set source='ah'")
     if older:
         wanted = older_names(older, model_name, config)
         return Found(_first(name, wanted, revision), older["dataset"])
+    if entry:
+        return Found(_first(name, [f"{ORGANISATION}/{entry['name']}"], revision))
+    if source == "ah":
+        raise UserError(
+            f"{name}: source='ah' takes sentiment/sst-2@ukp or @ukp/name: leave it out, or set "
+            f"source='hf', for a name of the Hub"
+        )
     if hub.is_hub_name(name):
         return Found(hub.snapshot(name, revision, list(WANTED)))
     raise UserError(

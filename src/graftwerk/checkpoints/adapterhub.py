@@ -89,6 +89,7 @@ def load_adapterhub(
     name: str | None = None,
     config: Mapping[str, Any] | None = None,
     leave_out: Sequence[int] = (),
+    safetensors: bool = True,
 ) -> str:
     """Adds the adapter of a folder to a model, not active, and returns its name.
 
@@ -98,14 +99,14 @@ def load_adapterhub(
         name: what it is called here; None: as in the file.
         config: keys of its configuration that get other values.
         leave_out: layers, numbered from 0, that get no part of it.
+        safetensors: which weights are read where both forms are there; False: the torch file.
 
     Raises:
         UserError: where the folder holds no adapter or several, is damaged, or made for another
             model, and for a name that is taken.
     """
-    file = adapter_file(
-        only(read_adapterhub(path, [ADAPTER]).adapters, path), path, config, leave_out
-    )
+    part = only(read_adapterhub(path, [ADAPTER], safetensors).adapters, path)
+    file = adapter_file(part, path, config, leave_out)
     return load_from(model, path, file, name)[0]
 
 

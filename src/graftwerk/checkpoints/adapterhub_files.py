@@ -88,11 +88,16 @@ def is_adapterhub(path: str | Path) -> bool:
     )
 
 
-def read_adapterhub(path: str | Path, kinds: Sequence[Kind] = (ADAPTER, FUSION, HEAD)) -> HubFolder:
+def read_adapterhub(
+    path: str | Path,
+    kinds: Sequence[Kind] = (ADAPTER, FUSION, HEAD),
+    safetensors: bool = True,
+) -> HubFolder:
     """What lies in a folder, or in the folders of a setup or of several adapters.
 
     Args:
         kinds: what is read; the rest is left aside.
+        safetensors: which weights are read where both forms are there; False: the torch file.
 
     Raises:
         UserError: where it is missing, damaged, or holds nothing of AdapterHub's.
@@ -113,7 +118,7 @@ def read_adapterhub(path: str | Path, kinds: Sequence[Kind] = (ADAPTER, FUSION, 
         ):
             there = kind in kinds and (folder / kind.config).is_file()
             if there:
-                parts.append(_read_part(folder, kind))
+                parts.append(_read_part(folder, kind, safetensors))
     if not found.adapters + found.fusions + found.heads:
         wanted = " or ".join(kind.config for kind in kinds)
         raise UserError(f"{path} holds nothing of AdapterHub's: a folder with {wanted} is needed")
@@ -139,21 +144,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_part(folder: Path, kind: Kind) -> HubPart:
+def _read_part(folder: Path, kind: Kind, safetensors: bool) -> HubPart:
     path = folder / kind.config
     values = read_json(path)
     if "peft_type" in values:
         raise UserError(f"{path}: this adapter is peft's, not AdapterHub's")
     name, config = values.pop("name", None), values.pop("config", None)
     if kind is HEAD and config is None:
-        return _fixed_head(path, values, _read_tensors(folder, kind))
+        return _fixed_head(path, values, _read_tensors(folder, kind, safetensors))
     if not isinstance(name, str) or not name:
         raise UserError(f"{path}: name={name!r}: the name that the weights are under is needed")
     if kind is FUSION and isinstance(config, str):
         config = {} if config == "dynamic" else {"static": config}
     if not isinstance(config, dict):
         raise UserError(f"{path}: config={config!r}: must hold keys and values")
-    tensors = _read_tensors(folder, kind)
+    tensors = _read_tensors(folder, kind, safetensors)
     if kind is HEAD:
         start = f"heads.{name}."
         tensors = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
@@ -166,12 +171,13 @@ def _fixed_head(path: Path, about: dict[str, Any], tensors: Mapping[str, Tensor]
     return HubPart("", config, about, named)
 
 
-def _read_tensors(folder: Path, kind: Kind) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, kind: Kind, safetensors: bool) -> dict[str, Tensor]:
     """The tensors of a folder's file of weights, each once where several names share one."""
     safe, pickled = folder / kind.safe, folder / kind.pickled
     if not safe.is_file() and not pickled.is_file():
         raise UserError(f"{folder}: its weights are missing: {kind.safe} or {kind.pickled}")
-    source = SafeTensors([safe]) if safe.is_file() else TorchFiles([pickled])
+    chosen = safe.is_file() and (safetensors or not pickled.is_file())
+    source = SafeTensors([safe]) if chosen else TorchFiles([pickled])
     read: dict[tuple[Any, ...], Tensor] = {}
     tensors: dict[str, Tensor] = {}
     with source:

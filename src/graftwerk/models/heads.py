@@ -373,8 +373,8 @@ def _numbers(names: Mapping[Any, str], kind: str, count: int | None) -> dict[str
         raise UserError(f"id2label={names!r} of a {kind} head: labels by their numbers") from None
     if count is not None and sorted(said.values()) != list(range(count)):
         raise UserError(
-            f"id2label={dict(names)} of a {kind} head: with {key}={count} it must name each of 0 to "
-            f"{count - 1}, each otherwise"
+            f"id2label={dict(names)} of a {kind} head: with {key}={count} it must name each of 0 "
+            f"to {count - 1}, each otherwise"
         )
     return said
 

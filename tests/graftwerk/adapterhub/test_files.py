@@ -101,6 +101,39 @@ def test_a_head_for_another_model_leaves_nothing_behind(tmp_path):
     assert (list(model.heads), model.active_head) == (["default"], "default")
 
 
+def test_other_labels_name_those_of_the_file(tmp_path):
+    with_task().save_adapter(tmp_path, "task")
+    model = small("gpt2")
+    model.load_adapter(tmp_path, id2label={0: "low", 1: "mid", 2: "high"}, set_active=True)
+    assert model.get_labels() == ["low", "mid", "high"]
+    assert model.config.id2label[2] == "high"
+    for given, said in (
+        ({"id2label": {0: "low", 1: "high"}}, "num_labels=3"),
+        ({"id2label": {0: "low"}, "with_head": False}, "none is loaded"),
+        ({"cache_dir": "x"}, "cache_dir= has no meaning"),
+        ({"source": "git"}, "source='git'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model.load_adapter(tmp_path, load_as="again", **given)
+    assert list(model.base.adapters) == ["task"]
+
+
+def test_of_a_folder_with_both_forms_the_one_that_was_asked_for_is_read(tmp_path):
+    model = with_task()
+    model.save_adapter(tmp_path / "torch", "task")
+    expected = {k: v.clone() for k, v in model.base.adapter_state("task").items()}
+    shaken(model, "task", seed=5)
+    model.save_adapter(tmp_path / "both", "task", use_safetensors=True)
+    weights = "pytorch_adapter.bin"
+    (tmp_path / "torch" / weights).rename(tmp_path / "both" / weights)
+    fresh = small("gpt2")
+    fresh.load_adapter(tmp_path / "both", load_as="torch", use_safetensors=False)
+    fresh.load_adapter(tmp_path / "both", load_as="safe", use_safetensors=True)
+    torch_state, safe = (fresh.base.adapter_state(name) for name in ("torch", "safe"))
+    assert all(torch.equal(torch_state[key], value) for key, value in expected.items())
+    assert all(torch.equal(safe[k], v) for k, v in model.base.adapter_state("task").items())
+
+
 def test_an_adapter_of_our_own_folder_is_known_by_what_is_in_it(tmp_path):
     model = with_task()
     save_adapter(model.base, "task", tmp_path / "own")
@@ -283,6 +316,21 @@ def test_adapters_of_the_hub_come_from_its_cache_under_their_names(cache):
     assert model.active_head == "sst-2"
     name = model.load_adapter("AdapterHub/bert-base-uncased_nli_qnli_pfeiffer", with_head=False)
     assert name == "qnli"
+
+
+def test_a_source_says_which_forms_of_names_are_meant(cache):
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    whole = "bert-base-uncased_sentiment_sst-2_pfeiffer"
+    assert model.load_adapter(f"@ukp/{whole}", source="ah") == "sst-2"
+    assert model.load_adapter(f"AdapterHub/{whole}", load_as="b", source="hf") == "b"
+    assert model.load_adapter(f"@ukp/{whole}", load_as="c") == "c"
+    assert model.load_adapter("sts/qqp@ukp", source="ah") == "qqp"
+    with pytest.raises(UserError, match="source='hf'"):
+        model.load_adapter(f"@ukp/{whole}", source="hf")
+    with pytest.raises(UserError, match="source='ah' takes"):
+        model.load_adapter(f"AdapterHub/{whole}", source="ah")
+    with pytest.raises(UserError, match="looked for at .*/AdapterHub/other_x"):
+        model.load_adapter("@ukp/other_x")
 
 
 def test_a_prompt_may_begin_as_a_text(cache):
