@@ -207,6 +207,17 @@ class Attention(nn.Module):
             key = rotate(key, context.rotary, self.rotary_interleaved)
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
+        attended = self.attend(query, key, value, x, context)
+        return self.output(self.linear_proj(attended), flow, attended)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, context: Context
+    ) -> Tensor:
+        """Queries [B, S, heads, d] over keys and values [B, K, groups, d] -> [B, S, heads d].
+
+        A prefix, which may be made from what goes into the attention, x [B, S, h], is seen too.
+        """
+        flow = context.flow
         placed = context.relative is None or self.prefix.site.layer not in flow.unplaced
         mask, causal = context.seen(self.windowed) if placed else (context.mask, context.causal)
         if self.prefix.key in flow.actions:
@@ -223,8 +234,7 @@ class Attention(nn.Module):
             scale=self.scale,
             enable_gqa=self.heads_per_group > 1,
         )
-        attended = attended.transpose(1, 2).flatten(2)
-        return self.output(self.linear_proj(attended), flow, attended)
+        return attended.transpose(1, 2).flatten(2)
 
     def project(self, x: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, h] -> queries [B, S, heads d], keys and values [B, S, groups d]."""
@@ -280,8 +290,14 @@ class CrossAttention(nn.Module):
             held = self.project(context.states, context.source_flow)
             if cache is not None:
                 cache.cross[self.layer] = held
-        key, value = held
-        mask = context.states_mask
+        attended = self.attend(query, *held, x, context)
+        return self.output(self.linear_proj(attended), flow, attended)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, context: Context
+    ) -> Tensor:
+        """As in `Attention`, over the keys and values of encoder states."""
+        flow, mask = context.flow, context.states_mask
         if self.prefix.key in flow.actions:
             key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal=False)
         attended = F.scaled_dot_product_attention(
@@ -293,8 +309,7 @@ class CrossAttention(nn.Module):
             scale=self.scale,
             enable_gqa=self.heads_per_group > 1,
         )
-        attended = attended.transpose(1, 2).flatten(2)
-        return self.output(self.linear_proj(attended), flow, attended)
+        return attended.transpose(1, 2).flatten(2)
 
     def project(self, states: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
         """Encoder states [B, E, h] -> keys and values, each [B, E, groups, d]."""

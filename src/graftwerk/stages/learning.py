@@ -26,6 +26,7 @@ from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
 from graftwerk.parallel.mesh import Mesh
 from graftwerk.parallel.placement import Placement
+from graftwerk.parallel.recompute import recompute
 from graftwerk.training.goal import Goal
 from graftwerk.training.learner import (
     Learner,
@@ -242,7 +243,9 @@ def assemble(
     """Module, trainer and the callbacks that keep checkpoints."""
     sched = cfg.model.optim.get("sched") or {}
     optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
+    recompute(learner.model, cfg.model.get("activations_checkpoint_granularity"))
     placement = Placement(learner.model, mesh)
+
     settings = TrainingSettings(
         optim=optim,
         max_steps=steps.total,
