@@ -155,6 +155,8 @@ def run(found: Sequence[Step]) -> int:
         if isinstance(error, LaunchError):
             raise LaunchError("\n".join([str(error), *undone]), error.code) from None
         raise
+    numbers = list(ids.values())
+    print(f"Watch: squeue --jobs={','.join(numbers)}    Cancel: scancel {' '.join(numbers)}")
     return 0
 
 

@@ -62,16 +62,21 @@ def occupied(jobs: Sequence[Job]) -> list[str]:
         earlier = state.read(job.state_file) or {}
         if lock := holder(job.results_dir):
             found.append(_refusal(job, told(lock)))
-        elif earlier.get("state", "COMPLETED") in state.ENDED:
+        elif earlier.get("state", "COMPLETED") == "COMPLETED":
             continue
         elif earlier.get("job_id"):
             queued.append((job, earlier))
-        elif (pid := standing.process_of(job.script)) is not None:
+        elif (
+            earlier["state"] not in state.ENDED
+            and (pid := standing.process_of(job.script)) is not None
+        ):
             found.append(_refusal(job, f"{job.name} (process {pid} on {socket.gethostname()})"))
     answer = standing.ask(str(earlier["job_id"]) for _, earlier in queued)
     for job, earlier in queued:
         now = answer.jobs.get(str(earlier["job_id"]))
-        if now is not None and now.live:
+        # One whose script has ended may be in the queue again, by hand, or on its way out.
+        ended = earlier["state"] in state.ENDED
+        if now is not None and (now.state in standing.WAITING if ended else now.live):
             on = f" on {now.nodes}" if now.nodes else ""
             since = earlier.get("submitted")
             who = f"job {earlier['job_id']} ({now.state}{on}, submitted {since})"

@@ -76,9 +76,15 @@ def _chain(row: Sequence[Truth], title: str | None = None) -> "Table":
 
 
 def _sweep(launch: Launch, rows: Sequence[Sequence[Truth]]) -> list["Table"]:
-    """What all points share, then a line for each point: the stage that it has come to."""
+    """What all points share, then a line for each point: the stage that it has come to.
+
+    A single point is shown as the chain that it is.
+    """
+    if len(rows) == 1:
+        title = " ".join(filter(None, [launch.chains[0].point, _title(launch)]))
+        return [_chain(rows[0], title)]
     shared = frozenset.intersection(*(chain.folders for chain in launch.chains))
-    common = [one for one in rows[0] if one.stage.results_dir in shared] if len(rows) > 1 else []
+    common = [one for one in rows[0] if one.stage.results_dir in shared]
     tables = [_chain(common, _title(launch))] if common else []
     losses = [_loss(row) for row in rows]
     known = [loss for loss in losses if loss is not None]

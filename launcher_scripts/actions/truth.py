@@ -95,12 +95,13 @@ def _one(
     if written == "COMPLETED":
         return Truth(stage, written, told=told)
     job = answer.jobs.get(str(told.get("job_id")))
-    if job is not None and (job.live or written not in state.ENDED):
+    if job is not None and (job.state in standing.WAITING or written not in state.ENDED):
         return _of_slurm(stage, told, job, before)
     if written == "NOT LAUNCHED":
         return Truth(stage, written, _after(before))
     if written in state.ENDED:
-        ended = job.state if job is not None and job.state != "COMPLETED" else written
+        final = job is not None and not job.live and job.state != "COMPLETED"
+        ended = job.state if job is not None and final else written
         return Truth(stage, ended, _why(stage, told, ended, before), told=told)
     if told.get("job_id"):
         return _unknown_to_slurm(stage, told, answer, before)

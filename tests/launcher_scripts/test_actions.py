@@ -263,8 +263,9 @@ def test_watch_stays_until_all_has_ended(slurm, words, call, tmp_path, monkeypat
     looked = []
 
     def end(seconds: float) -> None:
-        looked.append(seconds)
-        tell(results(tmp_path, "eval"), state="COMPLETED")
+        if seconds == status.EVERY:
+            looked.append(seconds)
+            tell(results(tmp_path, "eval"), state="COMPLETED")
 
     monkeypatch.setattr(status.time, "sleep", end)
     code, out, _ = call("action=status", there, "watch=True")
@@ -295,6 +296,20 @@ def test_no_log_yet_is_said_with_the_reason(slurm, words, call, there):
     queue(slurm, j1001="PENDING|Resources")
     code, out, err = call("action=logs", there, "stage=data_prep")
     assert (code, out, err) == (1, "", "data_prep has no log yet: it is PENDING (Resources)")
+
+
+def test_several_launches_in_one_root_are_all_shown_and_none_is_cancelled(
+    slurm, words, call, tmp_path, there
+):
+    call(*words, "stages=data_prep")
+    call(*words, "stages=data_prep", f"data_prep.run.results_dir={tmp_path}/results/other")
+    queue(slurm, j1001="RUNNING", j1002="PENDING|Priority")
+    out = call("action=status", there)[1]
+    shown = [line.split() for line in out.splitlines() if line.split()[:1] == ["data_prep"]]
+    assert [line[1] for line in shown] == ["RUNNING", "PENDING"]
+    code, _, err = call("action=cancel", there)
+    assert code == 2
+    assert err.startswith(f"results: 2 launches share {tmp_path}/results; name a stage's: ")
 
 
 def test_following_a_log_ends_with_its_job(slurm, words, call, tmp_path, monkeypatch, there):
@@ -355,6 +370,21 @@ def test_cancelling_a_point_leaves_the_others_and_what_they_share(slurm, words, 
     )
     assert call("action=cancel", f"results={results(tmp_path, A)}/seed_2")[0] == 0
     assert (slurm / "cancelled").read_text().split() == ["1003_1", "1002_1"]
+
+
+def test_a_job_that_was_put_back_into_the_queue_by_hand_holds_its_folder(slurm, words, call):
+    (slurm / "hold").unlink()
+    call(*words)
+    for path in (slurm.parent / "results").rglob("state.json"):
+        tell(path.parent, state="FAILED")
+    queue(slurm, j1001="COMPLETING")
+    assert call(*words)[0] == 0
+    for path in (slurm.parent / "results").rglob("state.json"):
+        tell(path.parent, state="FAILED")
+    queue(slurm, j1004="PENDING|BeginTime")
+    code, _, err = call(*words)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "job 1004 (PENDING, submitted" in err
 
 
 def test_nothing_to_cancel_is_no_error(slurm, words, call, there):

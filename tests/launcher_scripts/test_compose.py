@@ -318,7 +318,14 @@ def test_cfg_with_a_wrong_key_is_code_2(command):
 def test_help_names_stages_groups_and_exit_codes(command):
     answer = command("--help")
     assert answer.code == 0
-    for word in ("adapter_learning", "t5/squad", "quickstart", "--multirun", "exit codes"):
+    for word in (
+        "adapter_learning",
+        "t5/squad",
+        "quickstart",
+        "--multirun",
+        "exit codes",
+        "action=status",
+    ):
         assert word in answer.out
 
 
