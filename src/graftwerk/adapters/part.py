@@ -91,10 +91,10 @@ class Part(nn.Module, ABC):
         """The layout of each parameter that is not simply held whole, in a slot at this site."""
         return {}
 
-    def collectives(self, site: Site) -> Collectives:
+    def collectives(self, site: Site, sequence: bool = False) -> Collectives:
         """What the part itself sends in a slot at this site where features are split.
 
-        Nothing, for a method whose layouts say all.
+        Nothing, for a method whose layouts say all. `sequence`: between sublayers, rows are split.
         """
         return Collectives()
 

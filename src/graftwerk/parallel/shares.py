@@ -58,6 +58,8 @@ def gather(tensor: Tensor, layout: Layout, group: dist.ProcessGroup) -> Tensor:
     tensor = tensor.detach()
     if layout.dim is None:
         return tensor
+    if tensor.is_meta:  # of a layer that lies elsewhere
+        return torch.empty(_whole_shape(tensor, layout, group), dtype=tensor.dtype, device="meta")
     dim, ranks = layout.dim, dist.get_world_size(group)
     if layout.size:
         return _gather_uneven(tensor, dim, layout.size, group)
@@ -81,7 +83,11 @@ def _gather_uneven(tensor: Tensor, dim: int, size: int, group: dist.ProcessGroup
 
 def whole_shape(tensor: Tensor, group: dist.ProcessGroup) -> torch.Size:
     """The shape of the parameter of which this one may be a share."""
-    layout, shape = layout_of(tensor), list(tensor.shape)
+    return _whole_shape(tensor, layout_of(tensor), group)
+
+
+def _whole_shape(tensor: Tensor, layout: Layout, group: dist.ProcessGroup) -> torch.Size:
+    shape = list(tensor.shape)
     if layout.dim is not None:
         shape[layout.dim] = layout.size or shape[layout.dim] * dist.get_world_size(group)
     return torch.Size(shape)

@@ -22,7 +22,13 @@ from graftwerk.adapters.methods.bottleneck import LayerNormOfPart
 from graftwerk.adapters.methods.gate import Gate, note_gate
 from graftwerk.adapters.methods.invertible import Nice
 from graftwerk.adapters.methods.phm import RULE_INITS, W_INITS, PHMLinear
-from graftwerk.adapters.part import MethodSettings, Part, PartLinear, share_parameters
+from graftwerk.adapters.part import (
+    Collectives,
+    MethodSettings,
+    Part,
+    PartLinear,
+    share_parameters,
+)
 from graftwerk.adapters.slots import Site, SlotCall
 from graftwerk.errors import UserError
 
@@ -244,6 +250,11 @@ class HubBottleneck(Part):
             if isinstance(layer, PHMLinear):
                 for name in layer.rules:
                     layer.get_parameter(name).requires_grad_(layer.learns_rule)
+
+    def collectives(self, site: Site, sequence: bool = False) -> Collectives:
+        if self.gate is None or not sequence:
+            return Collectives()
+        return Collectives(("gate [B, 1]",), ("gate [B, 1]",))  # a mean over split columns
 
     def begin(self, call: SlotCall, query_before_norm: bool | None = None) -> Start:
         """What goes in, what is added to the update, and a fusion's query."""

@@ -207,7 +207,7 @@ class Gated(Part):
         split = Layout(partial_grad=site.split == "column")
         return {"gate.weight": split, "gate.bias": split}
 
-    def collectives(self, site: Site) -> Collectives:
+    def collectives(self, site: Site, sequence: bool = False) -> Collectives:
         if self.gate is None or site.split != "row":
             return Collectives()
         return Collectives(("gate logits [B, S, 1]",), ("gate [B, 1]",))  # a sigmoid in between
@@ -277,8 +277,8 @@ class HubLoRA(Gated):
             gains["m.weight"] = Layout(dim=0, blocks=site.blocks)
         return super().layouts(site) | gains | self.matrix_layouts(site)
 
-    def collectives(self, site: Site) -> Collectives:
-        own = super().collectives(site)
+    def collectives(self, site: Site, sequence: bool = False) -> Collectives:
+        own = super().collectives(site, sequence)
         if self.m is None or site.split != "row":
             return own
         return Collectives((*own.forward, "lengths [out]"), (*own.backward, "gain [out]"))

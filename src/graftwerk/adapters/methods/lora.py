@@ -248,5 +248,5 @@ class DoRA(LoRA):
             split = Layout(dim=0, blocks=site.blocks)
         return super().layouts(site) | {"magnitude": split}
 
-    def collectives(self, site: Site) -> Collectives:
+    def collectives(self, site: Site, sequence: bool = False) -> Collectives:
         return Collectives(("lengths [out]",) if site.split == "row" else ())
