@@ -49,6 +49,7 @@ _MODULES = {
         "LoRAConfig",
         "LoReftConfig",
         "MTLLoRAConfig",
+        "MultiTaskConfig",
         "NoReftConfig",
         "ParBnConfig",
         "ParallelConfig",

@@ -16,6 +16,7 @@ from graftwerk.adapters.composition import Composition, Fuse, fusions, names
 from graftwerk.adapters.configs import MethodConfig, PromptTuningConfig
 from graftwerk.adapters.merge import Merge, merge
 from graftwerk.adapters.methods.prompt import PromptTuning
+from graftwerk.adapters.sharing import share_matrices
 from graftwerk.checkpoints import load_tokenizer
 from graftwerk.checkpoints.adapterhub_config import hub_config, method_of
 from graftwerk.errors import UserError
@@ -81,14 +82,25 @@ class AdapterMethods(HeadedModel):
         config: Mapping[str, Any] | str | None = None,
         overwrite_ok: bool = False,
         set_active: bool = False,
+        *,
+        name: str | None = None,
     ) -> None:
         """Adds a fusion of adapters: names, one string of them joined by commas, or a `Fuse`.
 
         Args:
             config: "dynamic" (the default), "static", or a dictionary of `AdapterFusionConfig`.
+            name: what it is called anyway, the adapters' names joined by commas.
+
+        Raises:
+            UserError: for another name, a fusion that is there already, and unknown adapters.
         """
         members = _members(adapter_names)
         key = self._fusion_key(adapter_names)
+        if name not in (None, key):
+            raise UserError(
+                f"name={name!r}: a fusion is called after what it fuses: leave it out, or say "
+                f"{key!r}"
+            )
         if overwrite_ok and key in self.base.fusions:
             self.base.delete_fusion(key)
         self.base.add_fusion(members, AdapterFusionConfig.load(config))
@@ -169,6 +181,40 @@ class AdapterMethods(HeadedModel):
         """Freezes the base's own weights, or makes them trainable."""
         for _, parameter in self.base.base_parameters():
             parameter.requires_grad_(not freeze)
+
+    def share_parameters(
+        self, adapter_names: Setup, reference_adapter_name: str | None = None
+    ) -> None:
+        """Gives adapters of several tasks (MTL-LoRA) one A and one B in each place.
+
+        Args:
+            reference_adapter_name: whose these are; None: the first one's.
+        """
+        share_matrices(self.base, _members(adapter_names), reference_adapter_name)
+
+    # ---- where weights are
+
+    def adapter_to(
+        self,
+        name: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Moves an adapter, and the head that is called as it is, to a device and a type."""
+        for _, _, part in self.base.parts(name):
+            part.to(device=device, dtype=dtype)
+        if name in self.heads:
+            self.heads[name].to(device=device, dtype=dtype)
+
+    def adapter_fusion_to(
+        self,
+        adapter_names: Setup,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Moves a fusion, named as in `add_adapter_fusion`, to a device and a type."""
+        for _, _, layer in self.base.fusion_layers(self._fusion_key(adapter_names)):
+            layer.to(device=device, dtype=dtype)
 
     # ---- combining and merging
 

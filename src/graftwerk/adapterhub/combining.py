@@ -41,9 +41,9 @@ def average(
             raise UserError(
                 f"average_adapter: {name!r} and {adapters[0]!r} have different configurations"
             )
-    shares = _shares(adapters, weights, normalize)
+    shares = shares_of(adapters, weights, normalize, "average_adapter", "adapters")
     if strategy == "linear":
-        return method, {key: _sum(shares, [s[key] for s in states]) for key in states[0]}
+        return method, mean(shares, states)
     if any(key.rpartition(".")[2] not in (A, B) for key in states[0]):
         raise UserError(f"combine_strategy={strategy!r} is for LoRA without gates, DoRA and VeRA")
     if strategy == "lora_linear_only_negate_b":
@@ -55,18 +55,28 @@ def average(
     return _by_svd(method, states, shares, svd_rank)
 
 
-def _shares(
-    adapters: Sequence[str], weights: Sequence[float] | None, normalize: bool
+def shares_of(
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    normalize: bool,
+    what: str,
+    things: str,
 ) -> list[float]:
-    given = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    if len(given) != len(adapters):
-        raise UserError(f"average_adapter: {len(given)} weights for {len(adapters)} adapters")
+    """What each counts in a mean; a `UserError` names the method `what` and the `things`."""
+    given = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(names):
+        raise UserError(f"{what}: {len(given)} weights for {len(names)} {things}")
     if weights is None or normalize:
         total = sum(given)
         if not total:
-            raise UserError("average_adapter: weights add up to 0: set normalize_weights=False")
+            raise UserError(f"{what}: weights add up to 0: set normalize_weights=False")
         return [weight / total for weight in given]
     return given
+
+
+def mean(shares: Sequence[float], states: Sequence[State]) -> State:
+    """Each tensor's sum over states of the same keys, by shares."""
+    return {key: _sum(shares, [state[key] for state in states]) for key in states[0]}
 
 
 def _sum(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -237,8 +237,12 @@ class DvoRAConfig(VeraConfig):
     use_dora: bool = True
 
 
+class MultiTaskConfig(AdapterConfig):
+    """What methods for several tasks in one batch have in common; it has no keys of its own."""
+
+
 @dataclass(frozen=True, eq=False)
-class MTLLoRAConfig(LoRAConfig):
+class MTLLoRAConfig(LoRAConfig, MultiTaskConfig):
     """LoRA for several tasks in one batch (Yang et al. 2024, arXiv:2410.09437)."""
 
     architecture: str | None = "mtl_lora"

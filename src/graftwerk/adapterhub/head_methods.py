@@ -1,10 +1,12 @@
 """AdapterHub's methods for prediction heads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from graftwerk.adapterhub.combining import mean, shares_of
+from graftwerk.adapterhub.default_head import BaseWords
 from graftwerk.adapterhub.model import HeadedModel
 from graftwerk.errors import UserError
 from graftwerk.models import BERT
@@ -186,6 +188,50 @@ class HeadMethods(HeadedModel):
     ) -> None:
         settings = {"head_type": kind, "layers": layers, "layer_norm": layer_norm, "bias": bias}
         self.add_head(name, {**settings, "activation_function": activation}, overwrite_ok)
+
+    def add_prediction_head_from_config(
+        self,
+        head_name: str,
+        config: Mapping[str, Any],
+        overwrite_ok: bool = False,
+        set_active: bool = True,
+    ) -> None:
+        """Adds the head that a dictionary of AdapterHub's describes; see `add_head`."""
+        self.add_head(head_name, config, overwrite_ok, set_active)
+
+    def average_head(
+        self,
+        head_name: str,
+        head_list: Sequence[str],
+        weights: Sequence[float] | None = None,
+        normalize_weights: bool = True,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+    ) -> None:
+        """Adds a head whose weights are a mean of others' of one configuration, dropout aside.
+
+        Args:
+            weights: one a head; None: equal ones.
+            normalize_weights: divide the weights by their sum.
+
+        Raises:
+            UserError: for heads of different configurations, and one for words that is the base's.
+        """
+        if not head_list:
+            raise UserError("average_head: head_list is empty: name the heads to average")
+        heads = [self._head(name) for name in head_list]
+        configs = [{**head.config, "dropout_prob": None} for head in heads]
+        for name, head, config in zip(head_list, heads, configs, strict=True):
+            if isinstance(head, BaseWords):
+                raise UserError(f"average_head: {name!r} is the base's own: it has no weights")
+            if config != configs[0]:
+                raise UserError(
+                    f"average_head: {name!r} and {head_list[0]!r} have different configurations"
+                )
+        shares = shares_of(head_list, weights, normalize_weights, "average_head", "heads")
+        state = mean(shares, [dict(head.state_dict()) for head in heads])
+        made = self.add_head(head_name, heads[0].config, overwrite_ok, set_active)
+        made.load_state_dict(state)
 
     def delete_head(self, head_name: str) -> None:
         """Removes a head; where it was active, none is.

@@ -93,8 +93,13 @@ class PredictionHead(nn.Sequential):
         raise NotImplementedError
 
     def through(self, x: Tensor) -> Tensor:
-        """States through the layers, in the type of the head's weights (float32)."""
-        return super().forward(x.float())
+        """States through the layers, in the type of the head's weights; the result in float32."""
+        return super().forward(x.to(self.dtype)).float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights: float32 at birth, as of a head without weights."""
+        return next((each.dtype for each in self.parameters()), torch.float32)
 
     def forward(self, states: States, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The scores, and with them `loss` where `given` has the labels."""
@@ -211,7 +216,7 @@ class LMHead(PredictionHead):
 
     def scores(self, states: States) -> dict[str, Tensor]:
         """`logits`: [B, S, V]."""
-        x = states.hidden.float()
+        x = states.hidden.to(self.dtype)
         for layer in list(self)[:-1]:
             x = layer(x)
         words = self[-1]

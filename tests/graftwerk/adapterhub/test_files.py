@@ -218,6 +218,32 @@ def test_a_mean_that_has_no_meaning_is_refused(given, said):
     assert "mean" not in model.base.adapters
 
 
+def test_a_mean_of_heads_is_one_of_weights_and_not_active():
+    model = small()
+    for number, name in enumerate("ab"):
+        model.add_classification_head(name, num_labels=2, dropout_prob=number / 10)
+    model.add_tagging_head("tags")
+    a, b = (dict(model.heads[name].state_dict()) for name in "ab")
+    model.average_head("mean", ["a", "b"], weights=[1, 3])
+    model.average_head("sum", ["a", "b"], weights=[1, 3], normalize_weights=False)
+    for key, value in model.heads["mean"].state_dict().items():
+        torch.testing.assert_close(value, 0.25 * a[key] + 0.75 * b[key])
+        torch.testing.assert_close(model.heads["sum"].state_dict()[key], a[key] + 3 * b[key])
+    assert model.active_head == "tags"
+    masked = small("masked")
+    for given, said in (
+        (("x", []), "head_list is empty"),
+        (("x", ["a", "tags"]), "different configurations"),
+        (("x", ["a", "b"], [1.0]), "average_head: 1 weights for 2"),
+        (("mean", ["a", "b"]), "overwrite_ok=True"),
+        (("x", ["c"]), "no head is called 'c'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model.average_head(*given)
+    with pytest.raises(UserError, match="the base's own"):
+        masked.average_head("x", ["default"])
+
+
 def test_merging_changes_the_base_and_resetting_puts_it_back_to_the_bit():
     model = lora_pair()
     before = {key: value.clone() for key, value in model.base.state_dict().items()}
@@ -329,7 +355,7 @@ def test_a_source_says_which_forms_of_names_are_meant(cache):
         model.load_adapter(f"@ukp/{whole}", source="hf")
     with pytest.raises(UserError, match="source='ah' takes"):
         model.load_adapter(f"AdapterHub/{whole}", source="ah")
-    with pytest.raises(UserError, match="looked for at .*/AdapterHub/other_x"):
+    with pytest.raises(UserError, match=r"looked for at .*/AdapterHub/other_x"):
         model.load_adapter("@ukp/other_x")
 
 

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+import graftwerk.adapterhub.composition as ac
 from graftwerk.adapterhub import (
     AdapterSetup,
     BatchSplit,
     Fuse,
+    LoRAConfig,
+    MTLLoRAConfig,
     MultiHeadOutput,
+    MultiTask,
+    MultiTaskConfig,
     Parallel,
     Stack,
 )
@@ -423,3 +428,58 @@ def test_choices_are_given_as_rows_of_rows():
 def test_inputs_that_are_missing_are_named():
     with pytest.raises(UserError, match="give input_ids"):
         small()()
+
+
+def test_an_adapter_and_its_head_move_to_another_type_and_answer_still():
+    model, tagged = two_tasks(), rows()
+    model.set_active_adapters("a")
+    before = model(tagged, labels=torch.tensor([0, 1, 0, 1]))
+    model.adapter_to("a", dtype=torch.float64)
+    types = {p.dtype for _, _, part in model.base.parts("a") for p in part.parameters()}
+    assert types == {p.dtype for p in model.heads["a"].parameters()} == {torch.float64}
+    assert {p.dtype for _, p in model.base.base_parameters()} == {torch.float32}
+    after = model(tagged, labels=torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(after.logits, before.logits)
+    torch.testing.assert_close(after.loss, before.loss)
+    model.add_adapter_fusion("a,b")
+    model.adapter_fusion_to(Fuse("a", "b"), dtype=torch.bfloat16)
+    assert {v.dtype for v in model.base.fusion_state("a,b").values()} == {torch.bfloat16}
+    with pytest.raises(UserError, match="no adapter is called 'x'"):
+        model.adapter_to("x", dtype=torch.float64)
+
+
+def test_a_fusion_is_called_after_what_it_fuses():
+    model = two_tasks()
+    model.add_adapter_fusion(["a", "b"], name="a,b")
+    assert list(model.base.fusions) == ["a,b"]
+    with pytest.raises(UserError, match="name='mine': a fusion is called after what it fuses"):
+        model.add_adapter_fusion(["b", "a"], name="mine")
+
+
+def test_names_become_a_composition_as_the_library_reads_them():
+    assert ac.parse_composition("a") == Stack("a")
+    assert ac.parse_composition(["a", ["b", "c"]]) == Stack("a", Fuse("b", "c"))
+    assert ac.parse_composition("Parallel(a, b)") == ac.parse_composition(Parallel("a", "b"))
+    assert ac.parse_composition(None) is None
+
+
+def test_a_head_is_added_by_its_dictionary():
+    model = small()
+    config = {"head_type": "tagging", "num_labels": 2, "label2id": {"O": 0, "B": 1}}
+    model.add_prediction_head_from_config("tags", config, set_active=False)
+    assert model.active_head != "tags"
+    assert model.get_labels("tags") == ["O", "B"]
+    assert config["head_type"] == "tagging"
+
+
+def test_adapters_of_several_tasks_share_their_matrices_until_they_are_loaded_again():
+    assert issubclass(MTLLoRAConfig, MultiTaskConfig)
+    assert not isinstance(LoRAConfig(), MultiTaskConfig)
+    model = small()
+    for name in "ab":
+        model.add_adapter(name, config=MTLLoRAConfig(r=2))
+    model.share_parameters(MultiTask("a", "b"))
+    a, b = ([part for _, _, part in model.base.parts(name)] for name in "ab")
+    assert all(
+        x.lora_A is y.lora_A and x.weights is not y.weights for x, y in zip(a, b, strict=True)
+    )
