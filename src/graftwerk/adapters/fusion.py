@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.part import PartLinear
 from graftwerk.adapters.ranks import ALONE, Ranks
-from graftwerk.adapters.slots import Action, Site, SlotCall
+from graftwerk.adapters.slots import Action, Flow, Site, SlotCall
 from graftwerk.errors import UserError
 
 # AdapterHub's words for the slots that hold bottlenecks.
@@ -131,7 +132,7 @@ class Fusion(nn.Module):
                 self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
         if config.temperature:
             self.register_buffer("temperature", torch.tensor(50.0))
-        self.dropout = nn.Dropout(config.dropout_prob or 0.0)
+        self.dropout = Dropout(config.dropout_prob or 0.0)
 
     @staticmethod
     def _matrix(size: int, bias: bool = True) -> PartLinear:
@@ -141,7 +142,9 @@ class Fusion(nn.Module):
             nn.init.zeros_(linear.bias)
         return linear
 
-    def forward(self, query: Tensor, updates: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, updates: Tensor, residual: Tensor, flow: Flow | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The result [B, S, h] and the weights [B, S, N] of updates [B, S, N, h].
 
         The matrices act on the query and on the result, which are one for each token, rather than
@@ -155,7 +158,7 @@ class Fusion(nn.Module):
         if self.key is not None:
             weight, bias = self.key.weight.to(query.dtype), self.key.bias.to(query.dtype)
             query, scores = F.linear(query, weight.T), (query @ bias)[..., None]
-        scores = self.dropout(torch.einsum("bsh,bsnh->bsn", query, updates) + scores)
+        scores = self.dropout(torch.einsum("bsh,bsnh->bsn", query, updates) + scores, flow)
         weights = self._cooled(scores).softmax(-1)
         result = torch.einsum("bsn,bsnh->bsh", weights, updates)
         if self.value is not None:
@@ -203,7 +206,7 @@ def fuse(
             run.output = before(run)
             inner = part.begin(run).inner
         updates.append(part.update(call, inner))
-    hidden, weights = fusion(start.query, torch.stack(updates, -2), start.residual)
+    hidden, weights = fusion(start.query, torch.stack(updates, -2), start.residual, call.flow)
     if call.flow.record is not None:
         site, weights = fusion.site, call.flow.row.columns(weights.detach())
         call.flow.record.note_fusion(fusion.name, site.layer, LOCATIONS[site.name], weights)

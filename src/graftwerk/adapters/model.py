@@ -20,6 +20,7 @@ from graftwerk.adapters.composition import (
 from graftwerk.adapters.configs import MethodConfig, settings_of
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.heads import Heads
+from graftwerk.adapters.masks import Chance, name_dropouts
 from graftwerk.adapters.part import Part
 from graftwerk.adapters.plan import Plan, resolve_slot, unplaced_layers
 from graftwerk.adapters.ranks import ALONE, Ranks
@@ -74,10 +75,20 @@ class AdapterModel(nn.Module):
         record: Record | None = None,
         rows: Tensor | None = None,
         offset: int = 0,
+        chance: Tensor | None = None,
     ) -> Flow:
         """What the slots of one pass are told; see `Flow`."""
         plan = self.plan
-        return Flow(plan.actions, offset, rows, task_ids, record, plan.distances, plan.unplaced)
+        return Flow(
+            plan.actions,
+            offset,
+            rows,
+            task_ids,
+            record,
+            plan.distances,
+            plan.unplaced,
+            chance=None if chance is None else Chance(chance),
+        )
 
     def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
         """Creates an adapter's part in each slot that its method matches; activates nothing.
@@ -116,6 +127,7 @@ class AdapterModel(nn.Module):
             )
         for _, slot, part in made:
             part.adapter = name
+            name_dropouts(part, f"{slot.key}.{name}")
             slot.adapter_layer[name] = part.train(slot.training)
         if replaced:
             self.replacements.add(name, replaced)
@@ -285,6 +297,7 @@ class AdapterModel(nn.Module):
         split = self.ranks.splitter()
         for slot, module in made.items():
             module.name = key
+            name_dropouts(module, f"{slot.key}.{key}")
             slot.fusion_layer[key] = module.to(device).train(slot.training)
             split(module, slot)
         self.fusions[key] = config

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.masks import Chance
 from graftwerk.adapters.mixin import AdapterSlotMixin
 from graftwerk.adapters.ranks import ALONE, Ranks
 
@@ -110,7 +111,8 @@ class Flow:
     composition means, where some have left it. `task_ids` [B]: each row's task. `record`: where
     parts note what they are asked to. `distances`: what a T5's table of distances says of prefixes
     (`methods.prefix.PrefixTuningConfig`), `unplaced`: layers whose self-attention has none. `row`:
-    the ranks among which the row's columns are split.
+    the ranks among which the row's columns are split. `chance`: what dropout draws from; None: from
+    torch's random state.
     """
 
     actions: Mapping[str, "Action"] = field(default_factory=dict)
@@ -121,6 +123,18 @@ class Flow:
     distances: str = "none"
     unplaced: frozenset[int] = frozenset()
     row: Ranks = ALONE
+    chance: Chance | None = None
+
+    def of(self, change: Callable[[Tensor | None], Tensor | None]) -> "Flow":
+        """That of other rows, which `change` makes of these."""
+        if self.rows is None and self.task_ids is None and self.chance is None:
+            return self
+        return replace(
+            self,
+            rows=change(self.rows),
+            task_ids=change(self.task_ids),
+            chance=None if self.chance is None else self.chance.of(change),
+        )
 
 
 @dataclass(slots=True)
@@ -157,7 +171,7 @@ class SlotCall:
     def drop(self) -> None:
         """Takes `output` through the sublayer's dropout, unless that was done."""
         if self.dropout is not None:
-            self.output, self.dropout = self.dropout(self.output), None
+            self.output, self.dropout = self.dropout(self.output, self.flow), None
 
     def join(self, where: bool | Tensor = True) -> None:
         """Adds `output` to the residual stream and normalises, unless that was done.
@@ -200,16 +214,13 @@ class SlotCall:
         return [self._cut(lambda tensor, run=run: cut(tensor, run)) for run in range(n)]
 
     def _cut(self, cut: Callable[[Tensor | None], Tensor | None]) -> "SlotCall":
-        flow = self.flow
-        if flow.rows is not None or flow.task_ids is not None:
-            flow = replace(flow, rows=cut(flow.rows), task_ids=cut(flow.task_ids))
         output = cut(self.output)
         assert output is not None
         return replace(
             self,
             output=output,
             joined=self._joined_of(cut),
-            flow=flow,
+            flow=self.flow.of(cut),
             input=cut(self.input),
             residual=cut(self.residual),
             positions=cut(self.positions),
@@ -369,7 +380,7 @@ class JoinSlot(Slot):
         """`norm(residual + dropout(output))`, with what is active in between."""
         action = flow.actions.get(self.key)
         if action is None:
-            x = residual + dropout(output)
+            x = residual + dropout(output, flow)
             return x if norm is None else norm(x)
         call = SlotCall(output, flow, input, residual, norm, dropout, bias, positions)
         call.output = action(call)

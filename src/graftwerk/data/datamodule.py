@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from graftwerk.adapters.masks import chances
 from graftwerk.data.dataset import AnswerDataset, Batch, collate
 from graftwerk.data.encoding import Example, RowReport, padding_token
 from graftwerk.data.sampler import MicroBatches, Mixture, StepSampler
@@ -160,8 +161,9 @@ class AnswerDataModule(LightningDataModule):
     def _loader(self, key: str, rows: AnswerDataset, sampler: StepSampler) -> DataLoader:
         workers = self._keys[key].get("num_workers", 0)
         named = key == "validation_ds" and len(self.val_sources) > 1
+        seed = self.seed if key == "train_ds" else None
         return DataLoader(
-            _Steps(rows, self.pad, self.pad_multiple, rows.filler, named),
+            _Steps(rows, self.pad, self.pad_multiple, rows.filler, named, seed),
             # Not as `batch_sampler`: that one fetches each index apart. A step is one item.
             sampler=sampler,
             batch_size=None,
@@ -172,16 +174,32 @@ class AnswerDataModule(LightningDataModule):
 
 
 class _Steps(torch.utils.data.Dataset[list[Batch]]):
-    """The micro-batches of a step, by their row numbers; `named`: with the sources of labels."""
+    """The micro-batches of a step, by their row numbers.
+
+    `named`: with the sources of labels; `seed`: with what dropout draws from.
+    """
 
     def __init__(
-        self, rows: AnswerDataset, pad: int, multiple: int, filler: Example, named: bool
+        self,
+        rows: AnswerDataset,
+        pad: int,
+        multiple: int,
+        filler: Example,
+        named: bool,
+        seed: int | None,
     ) -> None:
         self.rows, self.pad, self.multiple, self.filler = rows, pad, multiple, filler
-        self.named = named
+        self.named, self.seed = named, seed
 
     def __getitem__(self, step: MicroBatches) -> list[Batch]:
-        return [self._batch(micro_batch) for micro_batch in step]
+        batches, first = [self._batch(micro_batch) for micro_batch in step], step.first
+        if self.seed is None:
+            return batches
+        for batch in batches:
+            count = len(batch.tokens)
+            batch.chance = chances(self.seed, range(first, first + count))
+            first += count
+        return batches
 
     def _batch(self, numbers: list[int]) -> Batch:
         examples = [self.rows[number] for number in numbers]

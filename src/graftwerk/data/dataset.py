@@ -48,6 +48,7 @@ class Batch:
             padded.
         documents: [B, S] int64, the same of a BERT's `tokens`.
         token_types: [B, S] int64, of a BERT that knows more than one.
+        chance: [B] int64, what dropout draws from for each row (`adapters.masks`).
         origins: [N] int64, which of the data set's sources each label is from; None where nobody
             asks.
         num_rows: rows that hold data; a filler has none.
@@ -64,6 +65,7 @@ class Batch:
     source_documents: Tensor | None = None
     documents: Tensor | None = None
     token_types: Tensor | None = None
+    chance: Tensor | None = None
     origins: Tensor | None = None
     num_rows: int = -1
     num_tokens: int = -1
@@ -79,6 +81,7 @@ class Batch:
             "source_documents": self.source_documents,
             "documents": self.documents,
             "token_types": self.token_types,
+            "chance": self.chance,
         }
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 

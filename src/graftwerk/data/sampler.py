@@ -5,7 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-MicroBatches = list[list[int]]  # row numbers, one list for each forward pass
+
+class MicroBatches(list[list[int]]):
+    """Row numbers, one list for each forward pass; the first row is the `first` in the order of
+    training, counted over all epochs and ranks."""
+
+    first: int = 0
 
 
 class Mixture:
@@ -124,13 +129,15 @@ class StepSampler(Sampler[MicroBatches]):
     def __iter__(self) -> Iterator[MicroBatches]:
         order = self.order(self.epoch)[: self.rows]
         for start in range(self._start, self.rows, self.step_rows):
-            yield self._share(order[start : start + self.step_rows])
+            yield self._share(order[start : start + self.step_rows], self.epoch * self.rows + start)
         self.epoch, self._start = self.epoch + 1, 0
 
-    def _share(self, step: np.ndarray) -> MicroBatches:
+    def _share(self, step: np.ndarray, first: int) -> MicroBatches:
         # Even shares: they differ by one row at most, and only in an epoch's last step.
         bounds = [len(step) * rank // self.world_size for rank in range(self.world_size + 1)]
         share = step[bounds[self.rank] : bounds[self.rank + 1]].tolist()
         largest = -(-len(step) // self.world_size)
         size = self.micro_batch_size
-        return [share[first : first + size] for first in range(0, largest, size)]
+        made = MicroBatches(share[n : n + size] for n in range(0, largest, size))
+        made.first = first + bounds[self.rank]
+        return made

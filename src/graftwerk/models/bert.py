@@ -37,6 +37,7 @@ class BERT(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Tensor:
         """What the head makes of the hidden states.
 
@@ -47,7 +48,7 @@ class BERT(Transformer):
                 document without padding.
             token_types: [B, S]; None: all 0.
             select: [N] flat indices into B*S that reach the head (`masked_lm`, `tagging`, none).
-            task_ids, record: as in `GPT.forward`.
+            task_ids, record, chance: as in `GPT.forward`.
 
         Returns:
             No head: [B, S, h]. `masked_lm`: [B, S, V]. `tagging`: [B, S, labels]; each [N, ...]
@@ -55,7 +56,7 @@ class BERT(Transformer):
             scores of all rows, then end scores; -inf at padding. n times as many rows under a
             `Parallel` of n.
         """
-        how = {"task_ids": task_ids, "record": record}
+        how = {"task_ids": task_ids, "record": record, "chance": chance}
         start = self.begin(tokens, positions, documents, token_types, **how)
         x, flow = self._run(start)
         return self.answer(x[:, start.columns :], flow, select, documents)
@@ -122,6 +123,7 @@ class BERT(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Start:
         """A pass before its first layer; arguments as in `forward`."""
         plan = self.plan
@@ -132,7 +134,7 @@ class BERT(Transformer):
             token_types = None if token_types is None else F.pad(token_types, (virtual, 0))
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        context = Context(positions, flow=self.flow(task_ids, record, offset=-virtual))
+        context = Context(positions, flow=self.flow(task_ids, record, None, -virtual, chance))
         if documents is not None:
             context.documents = documents
             context.mask = same_document(documents, virtual)

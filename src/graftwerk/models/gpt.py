@@ -27,6 +27,7 @@ class GPT(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -40,12 +41,15 @@ class GPT(Transformer):
                 output layer.
             task_ids: [B] the child of a `MultiTask` for each row.
             record: takes up what adapters say of themselves (`adapters.slots.Record`).
+            chance: [B] what dropout draws from for each row (`adapters.masks`); None: from torch's
+                random state.
 
         Returns:
             [B, S, V], or [N, V] under `select`. Under an active `Parallel` of n children the batch
             is n*B rows, child after child, and `select` holds for each child: n*N rows.
         """
-        start = self.begin(tokens, positions, end, cache, task_ids=task_ids, record=record)
+        how = {"task_ids": task_ids, "record": record, "chance": chance}
+        start = self.begin(tokens, positions, end, cache, **how)
         x, flow = self._run(start)
         return self.answer(x, flow, select)
 
@@ -71,6 +75,7 @@ class GPT(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Start:
         """A pass before its first layer; arguments as in `forward`."""
         plan, held = self.plan, cache.length if cache is not None else 0
@@ -79,7 +84,7 @@ class GPT(Transformer):
             arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
             tokens, positions, end, _ = arguments
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
-        context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual)
+        context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual, chance)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             context = context.widened(plan.width)

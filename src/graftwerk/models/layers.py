@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.slots import (
     Flow,
     JoinSlot,
@@ -123,9 +124,7 @@ class Context:
 
 def widened(flow: Flow, n: int) -> Flow:
     """What slots are told of a batch that is repeated `n` times."""
-    if flow.rows is None and flow.task_ids is None:
-        return flow
-    return replace(flow, rows=repeated(flow.rows, n), task_ids=repeated(flow.task_ids, n))
+    return flow.of(lambda tensor: repeated(tensor, n))
 
 
 def repeated(tensor: Tensor | None, n: int) -> Tensor | None:
@@ -422,6 +421,7 @@ class TransformerLayer(nn.Module):
         self.attention_output = JoinSlot(
             Site("attention_output", number, hidden, hidden, stack=stack)
         )
+        self.attention_dropout = Dropout(config.hidden_dropout, self.attention_output.key)
         self.post_attention_layernorm = make_norm(config) if post else None
         self.cross_attention = None
         if cross:
@@ -430,11 +430,13 @@ class TransformerLayer(nn.Module):
             self.cross_attention_output = JoinSlot(
                 Site("cross_attention_output", number, hidden, hidden, stack=stack)
             )
+            key = self.cross_attention_output.key
+            self.cross_attention_dropout = Dropout(config.hidden_dropout, key)
         self.pre_mlp_layernorm = None if post or config.shared_layernorm else make_norm(config)
         self.mlp = MLP(config, number, stack)
         self.mlp_output = JoinSlot(Site("mlp_output", number, hidden, hidden, stack=stack))
         self.post_mlp_layernorm = make_norm(config) if post else None
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.mlp_dropout = Dropout(config.hidden_dropout, self.mlp_output.key)
         self.output = LayerSlot(Site("layer_output", number, hidden, hidden, stack=stack))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -446,7 +448,7 @@ class TransformerLayer(nn.Module):
             context.flow,
             normed,
             x,
-            self.dropout,
+            self.attention_dropout,
             self.post_attention_layernorm,
             self.self_attention.linear_proj.bias,
             context.positions,
@@ -462,7 +464,7 @@ class TransformerLayer(nn.Module):
             context.flow,
             normed,
             x,
-            self.dropout,
+            self.mlp_dropout,
             self.post_mlp_layernorm,
             self.mlp.linear_fc2.bias,
             context.positions,
@@ -476,7 +478,7 @@ class TransformerLayer(nn.Module):
             context.flow,
             normed,
             x,
-            self.dropout,
+            self.cross_attention_dropout,
             bias=attention.linear_proj.bias,
             positions=context.positions,
         )
@@ -565,7 +567,7 @@ class Embedding(nn.Module):
         stack = "decoder" if config.architecture == "gpt" else "encoder"  # a T5's are its encoder's
         self.words = Slot(Site("word_embedding", -1, hidden, hidden, stack=stack))
         self.output = Slot(Site("embedding", -1, hidden, hidden, stack=stack))
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = Dropout(config.embedding_dropout, "embedding")
 
     def forward(
         self,
@@ -591,4 +593,4 @@ class Embedding(nn.Module):
             x = x + self.position_embeddings(positions + self.position_offset)
         if self.layernorm is not None:
             x = self.layernorm(x)
-        return self.dropout(self.output(x, flow, positions=positions, virtual=virtual))
+        return self.dropout(self.output(x, flow, positions=positions, virtual=virtual), flow)

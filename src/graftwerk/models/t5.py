@@ -48,6 +48,7 @@ class T5(Transformer):
         source_documents: Tensor | None = None,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next target token.
 
@@ -57,12 +58,12 @@ class T5(Transformer):
             source: [B, E] the encoder's input. With a cache it is given on the first pass only.
             source_documents: [B, E] number of each source token's document, -1 for padding; targets
                 see document 0. None: one document without padding.
-            task_ids, record: as in `GPT.forward`.
+            task_ids, record, chance: as in `GPT.forward`.
 
         Returns:
             [B, S, V], or [N, V] under `select`; n times as many rows under a `Parallel` of n.
         """
-        how = {"task_ids": task_ids, "record": record}
+        how = {"task_ids": task_ids, "record": record, "chance": chance}
         states = None
         if source is not None:
             rows = None if cache is None else cache.rows
@@ -101,6 +102,7 @@ class T5(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Start:
         """The decoder's pass before its first layer; `states` are the encoder's, [B, E, h].
 
@@ -109,8 +111,8 @@ class T5(Transformer):
         plan, held = self.plan, cache.length if cache is not None else 0
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
         rows = cache.rows if cache is not None else None
-        context.flow = self.flow(task_ids, record, rows, held)
-        context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens)
+        context.flow = self.flow(task_ids, record, rows, held, chance)
+        context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens, chance)
         if states is not None:
             if source_documents is not None:
                 seen = F.pad(source_documents == 0, (plan.virtual_tokens, 0), value=True)
@@ -124,7 +126,9 @@ class T5(Transformer):
             context = context.widened(plan.width)
         context.states = states
         self._add_relative_scores(context, tokens.shape[1])
-        return Start(tokens, context, told=Flow())  # the embedding's slots are the encoder's
+        drawn = context.flow.chance
+        told = Flow(offset=held, chance=drawn and drawn.again())
+        return Start(tokens, context, told=told)  # the embedding's slots are the encoder's
 
     def _run(self, start: Start) -> tuple[Tensor, Flow]:
         """The decoder's states behind its last layer, and what slots are told then."""
@@ -161,6 +165,7 @@ class T5(Transformer):
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
+        chance: Tensor | None = None,
     ) -> Start:
         """The encoder's pass before its first layer; arguments as in `encode`.
 
@@ -170,7 +175,7 @@ class T5(Transformer):
         virtual = plan.virtual_tokens
         source = F.pad(source, (virtual, 0))
         positions = torch.arange(source.shape[1], device=source.device)[None]
-        context = Context(positions, flow=self.flow(task_ids, record, rows, -virtual))
+        context = Context(positions, flow=self.flow(task_ids, record, rows, -virtual, chance))
         if documents is not None:
             context.documents = documents
             context.mask = same_document(documents, virtual)

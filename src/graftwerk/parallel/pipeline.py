@@ -270,7 +270,7 @@ class Pipeline:
     ) -> Sequence[Tensor]:
         source, documents = given.pop("source", None), given.get("source_documents")
         cache = given.get("cache")
-        how = {key: given.get(key) for key in ("task_ids", "record")}
+        how = {key: given.get(key) for key in ("task_ids", "record", "chance")}
         if self.run.stack == "encoder":
             rows = None if cache is None else cache.rows
             start = model.begin_source(source, documents, rows, **how)

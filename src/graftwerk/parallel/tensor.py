@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.nn import functional as F
 
+from graftwerk.adapters.masks import dropouts
 from graftwerk.adapters.part import Layout, Part
 from graftwerk.adapters.ranks import Ranks
 from graftwerk.adapters.slots import JoinSlot, Slot, slots_of
@@ -194,6 +195,9 @@ class GroupRanks(Ranks):
     def shape(self, parameter: Tensor) -> torch.Size:
         return whole_shape(parameter, self.group)
 
+    def _own_features(self, numbers: Tensor, blocks: int) -> Tensor:
+        return share_of(numbers, Layout(dim=0, blocks=blocks), self.group)
+
     def splitter(self) -> Callable[[nn.Module, nn.Module], None]:
         return partial(self.split, {})
 
@@ -209,6 +213,8 @@ class GroupRanks(Ranks):
             return
         if slot.site.split == "row":
             part.ranks = self
+        for _, dropout in dropouts(part):
+            dropout.share(slot.site, self._own_features)
         for name, layout in part.layouts(slot.site).items():
             owner, _, leaf = name.rpartition(".")
             module = part.get_submodule(owner)

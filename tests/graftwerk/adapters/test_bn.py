@@ -132,7 +132,7 @@ def test_gradients_of_a_sequential_bottleneck_derived_by_hand():
 @pytest.mark.parametrize("parallel", [False, True])
 def test_the_sublayers_dropout_comes_first(parallel):
     class Doubles(nn.Module):
-        def forward(self, y: Tensor) -> Tensor:
+        def forward(self, y: Tensor, flow: Flow) -> Tensor:
             return 2 * y
 
     part = born(is_parallel=parallel, original_ln_before=True).double()

@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graftwerk.adapters.fusion import LOCATIONS, Start
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.methods.activations import Activation, check_activation
 from graftwerk.adapters.methods.bottleneck import LayerNormOfPart
 from graftwerk.adapters.methods.gate import Gate, note_gate
@@ -222,7 +222,6 @@ class HubBottleneck(Part):
         self.original_ln_after = config.original_ln_after
         self.residual_before_ln = config.residual_before_ln
         self.adapter_residual_before_ln = config.adapter_residual_before_ln
-        self.stochastic_depth = config.stochastic_depth
         self.adapter_norm_before = LayerNormOfPart(size) if config.ln_before else None
         down = PHMLinear(size, width, config) if config.phm_layer else PartLinear(size, width)
         norm = () if self.adapter_norm_before is None else (self.adapter_norm_before,)
@@ -238,7 +237,7 @@ class HubBottleneck(Part):
         self.adapter_norm_after = LayerNormOfPart(size) if config.ln_after else None
         self.gate = Gate(size) if config.use_gating else None
         self.whole_row = config.use_gating
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.depth = Dropout(config.dropout), Dropout(config.stochastic_depth)
         if isinstance(down, nn.Linear) and isinstance(self.adapter_up, nn.Linear):
             _initialise(down, self.adapter_up, config.init_weights)
         if self.gate is not None:
@@ -263,14 +262,13 @@ class HubBottleneck(Part):
     def update(self, call: SlotCall, z: Tensor) -> Tensor:
         """What the adapter adds for an input z."""
         update = self.adapter_up(self.adapter_down(z))
-        if self.stochastic_depth:  # whole rows; the others grow, so that the mean stays
-            kept = F.dropout(update.new_ones(len(z), 1, 1), self.stochastic_depth, self.training)
-            update = update * kept
+        if self.depth.p:  # whole rows; the others grow, so that the mean stays
+            update = update * self.depth(update.new_ones(len(z), 1, 1), call.flow, first=0)
         if isinstance(self.scaling, Tensor):
             update = update * self.scaling.to(update.dtype)
         elif self.scaling != 1.0:
             update = update * self.scaling
-        update = self.dropout(update)
+        update = self.dropout(update, call.flow)
         if self.gate is None:
             return update
         gate = self.gate(z, row=call.flow.row)

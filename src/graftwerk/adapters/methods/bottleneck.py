@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.adapters.fusion import Start
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.methods.tied import LayerPosition
 from graftwerk.adapters.part import MethodSettings, Part, PartLinear, initialise
 from graftwerk.adapters.slots import Site, SlotCall
@@ -85,7 +86,7 @@ class Bottleneck(Part):
         self.linear_in = PartLinear(inputs, config.dim, bias=False)
         self.linear_out = PartLinear(config.dim, hidden_size, bias=False)
         self.layer_norm = LayerNormOfPart(inputs if self.norm_first else hidden_size, eps=1e-5)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self._initialise(config)
 
     def _initialise(self, config: BottleneckConfig) -> None:
@@ -118,7 +119,7 @@ class Bottleneck(Part):
             inner = self.layer_norm(inner)
         if self.position is not None:
             inner = self.position.leave(inner)
-        return self.dropout(inner)
+        return self.dropout(inner, call.flow)
 
     def finish(self, call: SlotCall, hidden: Tensor) -> Tensor:
         """The slot's output as it is."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.methods.gate import Gate, note_gate
 from graftwerk.adapters.methods.lora import SLOTS
 from graftwerk.adapters.methods.projection import Projection
@@ -218,7 +219,7 @@ class HubLoRA(Gated):
 
     def __init__(self, site: Site, config: HubLoRAConfig):
         super().__init__(site, config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, of="input")
         self.make(site, config)
         self.m: nn.ParameterDict | None = None
         if config.use_dora:
@@ -241,7 +242,8 @@ class HubLoRA(Gated):
 
     def forward(self, call: SlotCall) -> Tensor:
         assert call.input is not None, "LoRA needs a slot of a projection"
-        output = call.output + self.factor(call) * self.inner(self.dropout(call.input))
+        x = self.dropout(call.input, call.flow)
+        output = call.output + self.factor(call) * self.inner(x)
         return output if self.m is None else self.gain().to(output.dtype) * output
 
     def inner(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.methods.projection import Projection
 from graftwerk.adapters.methods.tied import LayerPosition
 from graftwerk.adapters.part import (
@@ -149,7 +150,7 @@ class LoRA(Part):
         extra = self.position.extra if self.position is not None else 0
         self.linear_in = PartLinear(site.in_features + extra, config.dim, bias=False)
         self.linear_out = PartLinear(config.dim, site.out_features, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, of="input" if self.drops_input else "output")
         initialise(self.linear_in.weight, config.column_init_method, f"{KEY}column_init_method")
         initialise(self.linear_out.weight, config.row_init_method, f"{KEY}row_init_method")
 
@@ -165,13 +166,13 @@ class LoRA(Part):
         x = call.input
         assert x is not None, "LoRA needs a slot of a projection"
         if self.drops_input:
-            x = self.dropout(x)
+            x = self.dropout(x, call.flow)
         if self.position is not None:
             x = self.position.enter(x)
         update = self.scale * self.linear_out(self.linear_in(x))
         if self.position is not None:
             update = self.position.leave(update)
-        return update if self.drops_input else self.dropout(update)
+        return update if self.drops_input else self.dropout(update, call.flow)
 
     def delta(self) -> Tensor:
         """What `update` adds to the projection's weight, [out, in]."""

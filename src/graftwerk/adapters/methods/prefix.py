@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.methods.activations import ACTIVATIONS, check_activation
 from graftwerk.adapters.methods.gate import Gate, note_gate
 from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, share_parameters
@@ -125,7 +126,7 @@ class Prefix(Part):
     def __init__(self, site: Site, config: PrefixTuningConfig):
         super().__init__()
         self.place_name = f"{_KINDS[site.name, site.stack]}_prefix"
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.encoder = self.linear_out = self.gate = None
         if config.reparametrise:
             self.encoder = Encoder(site.in_features, config)
@@ -145,7 +146,7 @@ class Prefix(Part):
 
     def forward(self, call: SlotCall) -> Tensor:
         rows = self.made().to(call.output.dtype)
-        rows = self.dropout(rows.expand(call.output.shape[0], -1, -1))
+        rows = self.dropout(rows.expand(call.output.shape[0], -1, -1), call.flow, first=0)
         if self.gate is not None:
             rows = rows * self._factors(call)
         if call.seen is not None:

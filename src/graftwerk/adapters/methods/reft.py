@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from graftwerk.adapters.masks import Dropout
 from graftwerk.adapters.methods.activations import ACTIVATIONS, check_activation
 from graftwerk.adapters.part import MethodSettings, Part, PartLinear
-from graftwerk.adapters.slots import Site, SlotCall
+from graftwerk.adapters.slots import Flow, Site, SlotCall
 from graftwerk.errors import UserError
 
 
@@ -88,9 +89,9 @@ class Reft(Part):
         x = out = call.output
         before, behind = neighbours(call)
         if self.prefix:
-            out = torch.where(before[..., None] < self.prefix, self.units[0](x), out)
+            out = torch.where(before[..., None] < self.prefix, self.units[0](x, call.flow), out)
         if self.suffix:
-            out = torch.where(behind[..., None] < self.suffix, self.units[-1](x), out)
+            out = torch.where(behind[..., None] < self.suffix, self.units[-1](x, call.flow), out)
         return out
 
 
@@ -123,19 +124,19 @@ class ReftUnit(nn.Module):
         self.subtract = config.subtract_projection
         name = config.non_linearity or "linear"
         self.function = ACTIVATIONS[name.lower()]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def rotation(self) -> Tensor:
         """R, [r, h]."""
         weight = self.projection.weight
         return orthonormal(weight) if self.orthonormal else weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, flow: Flow) -> Tensor:
         rotation = self.rotation().to(x.dtype)
         source = self.function(self.learned_source(x))
         if self.subtract:
             source = source - F.linear(x, rotation)
-        return self.dropout(x + source @ rotation)
+        return self.dropout(x + source @ rotation, flow)
 
 
 def orthonormal(weight: Tensor) -> Tensor:
