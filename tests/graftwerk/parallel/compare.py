@@ -1,10 +1,14 @@
 """One training step of one process against the same on this rank of two, in double precision."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from graftwerk.generation import Sampling, complete
+from graftwerk.models.layers import TransformerLayer
 from graftwerk.parallel.tensor import (
     gather,
     layout_of,
@@ -15,11 +19,19 @@ from graftwerk.parallel.tensor import (
 from tests.graftwerk.parallel import cases
 
 
-def compare(shape: str, name: str, mesh: DeviceMesh, sequence: bool = False) -> list[str]:
-    """What differs between one process and this rank of two, after one step on each."""
+def compare(
+    shape: str, name: str, mesh: DeviceMesh, sequence: bool = False, again: bool = False
+) -> list[str]:
+    """What differs between one process and this rank of two, after one step on each.
+
+    `again`: the rank's layers keep nothing and run a second time for their gradients.
+    """
     case, group = cases.CASES[name], mesh.get_group()
     plain, model = cases.make(shape, case), cases.make(shape, case)
     parallelize(model, mesh, sequence)
+    for layer in model.modules() if again else ():
+        if isinstance(layer, TransformerLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     born = {key: p.detach().clone() for key, p in model.named_parameters()}
     expected = cases.step(plain, lambda parameters: None)
     found = cases.step(model, lambda parameters: sum_partial_gradients(parameters, group))

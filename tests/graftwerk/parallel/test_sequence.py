@@ -19,9 +19,15 @@ PAIRS = [
 ]
 
 
+AGAIN = [("native_t5", "stack"), ("t5", "vera_dora"), ("bert", "bn_parallel")]
+
+
 def all_pairs(mesh: DeviceMesh) -> dict[str, list[str]]:
     found = {f"{shape} {name}": compare(shape, name, mesh, sequence=True) for shape, name in PAIRS}
-    return found | {"refused": refused(mesh), "generated": [generated(mesh, sequence=True)]}
+    again = {
+        f"again {shape} {name}": compare(shape, name, mesh, True, True) for shape, name in AGAIN
+    }
+    return found | again | {"refused": refused(mesh), "generated": [generated(mesh, sequence=True)]}
 
 
 def refused(mesh: DeviceMesh) -> list[str]:
@@ -51,6 +57,12 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list
 def test_gradients_norm_and_answer_of_split_rows_are_those_of_one_process(shape, name, differences):
     for of_rank in differences:
         assert of_rank[f"{shape} {name}"] == []
+
+
+@pytest.mark.parametrize(("shape", "name"), AGAIN)
+def test_layers_that_run_again_for_their_gradients_find_the_same(shape, name, differences):
+    for of_rank in differences:
+        assert of_rank[f"again {shape} {name}"] == []
 
 
 def test_a_gate_in_a_split_and_a_record_of_fusions_are_refused_with_the_reason(differences):
