@@ -1,6 +1,7 @@
 """How jobs stand by the word of Slurm, and processes by that of this machine."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -72,9 +73,21 @@ def _accounts(answer: Answer, ids: set[str]) -> None:
         state = row.get("State", "").split(" ")[0]  # CANCELLED by 1000
         nodes = row.get("NodeList", "")
         standing = Standing(state, nodes="" if nodes == "None assigned" else nodes)
-        for name in ("JobID", "JobIDRaw"):
-            if row.get(name):
-                answer.jobs.setdefault(row[name], standing)
+        for name in [*_tasks(row.get("JobID", "")), row.get("JobIDRaw", "")]:
+            answer.jobs.setdefault(name, standing)
+
+
+def _tasks(name: str) -> list[str]:
+    """The ids behind one of the accounts': `12_[0-2,7%4]` is tasks that never left the array."""
+    lump = re.fullmatch(r"(\d+)_\[([\d,-]+).*\]", name)
+    if lump is None:
+        return [name]
+    ends = [part.partition("-") for part in lump[2].split(",")]
+    return [
+        f"{lump[1]}_{task}"
+        for first, _, last in ends
+        for task in range(int(first), int(last or first) + 1)
+    ]
 
 
 def _jobs(ids: set[str]) -> str:

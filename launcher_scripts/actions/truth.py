@@ -126,8 +126,10 @@ def _unknown_to_slurm(
 ) -> Truth:
     if not answer.reached:
         return Truth(stage, str(told["state"]), "Slurm does not answer: by state.json", told=told)
-    if told.get("started") is None and before is not None and not (before.live or before.succeeded):
-        return Truth(stage, "CANCELLED", _after(before), told=told)
+    if told.get("started") is None:  # tasks that are taken out of an array leave no trace
+        gone = before is not None and not (before.live or before.succeeded)
+        why = _after(before) if gone else "it left the queue before it began"
+        return Truth(stage, "CANCELLED", why, told=told)
     return Truth(stage, "LOST", f"Slurm knows no job {told['job_id']}", told=told)
 
 
@@ -164,7 +166,7 @@ def _after(before: Truth | None) -> str:
 def _why(stage: Stage, told: dict[str, Any], ended: str, before: Truth | None) -> str:
     """Why a stage ended as it did: by what it said last, unless a person wanted the end."""
     if told.get("started") is None:
-        return _after(before)
+        return "" if before is None or before.live else _after(before)
     if ended == "CANCELLED":
         return ""
     code = told.get("exit_code")

@@ -185,6 +185,15 @@ def test_a_job_that_slurm_does_not_know_is_lost(slurm, words, call, tmp_path, th
     assert row(out, "data_prep")[-1] == "Slurm knows no job 1001"
 
 
+def test_a_task_that_was_taken_out_of_its_array_is_cancelled(slurm, words, call, there):
+    call("--multirun", *words, f"{A}.model.seed=1,2,3,4")
+    accounts = {"1001": "RUNNING", "1002_[0,2-3%4]": "CANCELLED by 0"}
+    (slurm / "accounts").write_text(json.dumps(accounts))
+    out = call("action=status", there)[1]
+    assert row(out, "seed_2")[-2:] == ["-", "it left the queue before it began"]
+    assert [row(out, f"seed_{n}")[2] for n in (1, 2, 3, 4)] == ["CANCELLED"] * 4
+
+
 def test_where_slurm_does_not_answer_nothing_is_lost(slurm, words, call, tmp_path, there):
     call(*words)
     tell(results(tmp_path, "data_prep"), state="RUNNING", started=ago(30))
