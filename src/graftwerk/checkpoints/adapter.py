@@ -35,6 +35,7 @@ from graftwerk.checkpoints.adapterhub_adapter import read_adapter_file
 from graftwerk.checkpoints.adapterhub_files import is_adapterhub
 from graftwerk.checkpoints.base import replace_path
 from graftwerk.checkpoints.nemo import CONFIG as NEMO_CONFIG
+from graftwerk.checkpoints.reft_rows import without_bases
 from graftwerk.checkpoints.settings import read_settings
 from graftwerk.checkpoints.tfew import is_torch_file, read_tfew
 from graftwerk.errors import UserError
@@ -99,7 +100,8 @@ def save_adapter(
 
 
 def _saved(model: AdapterModel, name: str) -> SavedAdapter:
-    return SavedAdapter(name, model.adapter_config(name), _on_cpu(model.adapter_state(name)))
+    state = without_bases(_on_cpu(model.adapter_state(name)))
+    return SavedAdapter(name, model.adapter_config(name), state)
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

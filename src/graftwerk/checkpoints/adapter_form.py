@@ -17,6 +17,7 @@ from graftwerk.adapters.configs import METHODS, MethodConfig, UnionConfig
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.kinds import field_kinds, fits, words_for
 from graftwerk.adapters.model import AdapterModel
+from graftwerk.checkpoints.reft_rows import with_bases
 from graftwerk.errors import UserError
 
 FORMAT = "graftwerk"
@@ -28,7 +29,8 @@ class SavedAdapter:
     """One adapter of a file.
 
     `config` holds the method's class name as `method`, all its settings, and `head` if it has one;
-    `state` its weights under the names of `AdapterModel.adapter_state`.
+    `state` its weights under the names of `AdapterModel.adapter_state`, but for LoReFT's bases,
+    which come back in `AdapterFile.on`.
     """
 
     name: str
@@ -60,12 +62,18 @@ class AdapterFile:
     fusions: list[SavedFusion] = field(default_factory=list)
 
     def on(self, model: AdapterModel) -> "AdapterFile":
-        """The file under the names of ours, as it is on a model.
+        """The file under the names of ours, with all that a model has of each adapter.
 
         Raises:
             UserError: where it is made for another model, or holds what ours cannot.
         """
-        return self if self.fit is None else replace(self, adapters=self.fit(model), fit=None)
+        if self.fit is not None:
+            return replace(self, adapters=self.fit(model), fit=None)
+        size = getattr(getattr(model, "config", None), "hidden_size", 0)
+        whole = [
+            replace(each, state=with_bases(each.state, each.config, size)) for each in self.adapters
+        ]
+        return replace(self, adapters=whole)
 
 
 def joined(

@@ -149,11 +149,15 @@ def orthonormal(weight: Tensor) -> Tensor:
 def with_base(rotation: Tensor) -> tuple[Tensor, Tensor]:
     """(`original` [r, h], `base` [h, h]) of which AdapterHub's reflections make R [r, h].
 
-    The base is R's rows and what completes them, as columns; no reflection turns them.
+    The base is R's directions and what completes them, as columns; no reflection turns them. Torch
+    multiplies each row of R with the whole part of a diagonal of `original`, which weight decay may
+    have brought below 1: a row may be zero.
     """
-    rows, size = rotation.shape
-    rest = torch.randn(size, size - rows, dtype=rotation.dtype, device=rotation.device)
-    columns, triangle = torch.linalg.qr(torch.cat([rotation.T, rest], 1))
+    count, lengths = len(rotation), rotation.norm(dim=1).round()
+    order = lengths.eq(0).int().argsort(stable=True)  # zeros last: they bind no column
+    columns, triangle = torch.linalg.qr(rotation[order].T, mode="complete")
+    base = columns.clone()
+    base[:, order] = columns[:, :count] * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
     original = torch.zeros_like(rotation)
-    original.diagonal().fill_(-1.0)
-    return original, columns * triangle.diagonal().sign()
+    original.diagonal().copy_(-lengths)
+    return original, base
