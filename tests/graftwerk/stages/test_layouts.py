@@ -23,10 +23,15 @@ __all__ = ["base", "cfg", "rows"]
 # The network that makes a tied prefix is used by the layers of both stages.
 SCHEMES = {
     "peft_scheme": "lora,prefix,ptuning,adapter,ia3",
-    "lora_tuning": {"adapter_dim": 2, "target_modules": ["all"]},
-    "prefix_tuning": {"prefix_length": 2, "bottleneck_dim": 4, "weight_tying": True},
+    "lora_tuning": {"adapter_dim": 2, "target_modules": ["all"], "adapter_dropout": 0.1},
+    "prefix_tuning": {
+        "prefix_length": 2,
+        "bottleneck_dim": 4,
+        "weight_tying": True,
+        "adapter_dropout": 0.1,
+    },
     "p_tuning": {"virtual_tokens": 2, "embedding_dim": 8, "bottleneck_dim": 8},
-    "adapter_tuning": {"adapter_dim": 4},
+    "adapter_tuning": {"adapter_dim": 4, "adapter_dropout": 0.1},
 }
 LAYOUTS = {
     "pipeline": {"pipeline_model_parallel_size": 2},
