@@ -35,6 +35,7 @@ requeue() { # WHY
   requeues=$((requeues + 1))
   echo "{{ job.stage }}: $1: queued anew ($requeues of run.max_requeues=$max_requeues)"
   write_state REQUEUED 75 null
+  trap '' TERM # which is how the requeue itself ends this script
   local answer
   if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
     trap - EXIT

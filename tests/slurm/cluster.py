@@ -91,14 +91,17 @@ setsid unshare {spaces} bash -c '
   ip link set lo up
   ip addr add "10.0.0.1${{2#n}}/24" dev eth0
   ip link set eth0 up
-  slurmd -D -N "$2" -f "$1/slurm.conf" &
+  NODE=$2 slurmd -D -N "$2" -f "$1/slurm.conf" &
   while :; do sleep 3600 & wait $!; done
 ' node "$1" "$2" </dev/null >"node.$2.log" 2>&1 &
 echo $! >"node.$2.pid"
 until [ -e "born.$2" ]; do sleep 0.02; done
 first=$(cat /proc/$!/task/$!/children)
-ip link add "to-$2" type veth peer name eth0 netns "${{first%% *}}"
+# Always the same hardware address, which the other nodes remember.
+ip link add "to-$2" type veth peer name eth0 address "02:00:00:00:00:0${{2#n}}" \\
+  netns "${{first%% *}}"
 ip link set "to-$2" master bridge up
+until (: >"/dev/tcp/10.0.0.1${{2#n}}/6818") 2>/dev/null; do sleep 0.05; done
 """
 
 
@@ -227,23 +230,31 @@ class Cluster:
 
     def kill_rank(self, job_id: str, rank: int) -> None:
         """Kill -9 the Python of a rank, not the shell around it."""
-        wanted = {f"SLURM_CONF={self.folder}/slurm.conf", f"SLURM_JOB_ID={job_id}"}
-        wanted.add(f"SLURM_PROCID={rank}")
+        self._kill("graftwerk", f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}")
+
+    def kill_daemon(self, name: str) -> None:
+        """Kill -9 a node's slurmd; what runs on the node runs on."""
+        self._kill("slurmd", f"NODE={name}")
+        self.gone.add(name)
+
+    def _kill(self, word: str, *variables: str) -> None:
+        """Kill the process of this cluster with such a command line and environment."""
+        wanted = {f"SLURM_CONF={self.folder}/slurm.conf", *variables}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_text().split("\0")
-                if "graftwerk" in words and wanted <= set(
-                    (process / "environ").read_text().split("\0")
-                ):
-                    os.kill(int(process.name), signal.SIGKILL)
-                    return
+                given = (process / "environ").read_text().split("\0")
             except (OSError, UnicodeDecodeError):
                 continue  # it has ended
-        raise AssertionError(f"job {job_id} has no process of rank {rank}")
+            if word in words and wanted <= set(given):
+                os.kill(int(process.name), signal.SIGKILL)
+                return
+        raise AssertionError(f"no process {word} of {variables}")
 
     def mend(self) -> None:
         """Start the nodes that are down."""
-        for name in self.gone:
+        for name in list(self.gone):
+            self.crash(name)
             self.start(name)
             self.run("scontrol", "update", f"nodename={name}", "state=resume")
         self.gone.clear()

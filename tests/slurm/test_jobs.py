@@ -80,11 +80,13 @@ class Launched:
     def hasten(self) -> None:
         """Slurm keeps a job that is queued anew for two minutes; its owner may shorten that."""
         until(lambda: self.job()["JobState"] == "PENDING", 30, "PENDING", self.tell)
+        time.sleep(2)  # what the two minutes are for: the node clears the last run's files away
         self.slurm.ask("scontrol", "update", f"jobid={self.state()['job_id']}", "StartTime=now")
 
     def tell(self, stage: str = LEARN) -> str:
         logs = [f"{kind}: {self.log(stage, kind)}" for kind in ("out", "err")]
-        return "\n".join([str(self.state(stage)), self.slurm.ask("squeue"), *logs])
+        books = [self.slurm.ask("squeue"), str(self.job(stage))]
+        return "\n".join([str(self.state(stage)), *books, *logs])
 
 
 @pytest.fixture
@@ -186,6 +188,16 @@ def test_a_lost_node_queues_the_job_anew_on_others(submit, slurm):
     chained.wait("COMPLETED")
     assert chained.state()["requeues"] == 1
     assert {met["env"]["SLURMD_NODENAME"] for met in chained.met(1)} == {"n1", "n3"}
+
+
+def test_a_killed_slurmd_queues_the_job_anew_once_slurm_misses_it(submit, slurm):
+    chained = submit(adapter_learning__behave={"sleeps": 1})
+    chained.wait_for_ranks(4)
+    slurm.kill_daemon("n2")
+    slurm.ask("scontrol", "update", "nodename=n2", "state=down", "reason=missed")
+    chained.hasten()
+    chained.wait("COMPLETED")
+    assert chained.state()["requeues"] == 1
 
 
 @pytest.mark.long
