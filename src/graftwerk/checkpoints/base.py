@@ -141,6 +141,7 @@ def load_base(
     seed: int = 0,
     quantize: str | None = None,
     wanted: Callable[[str], bool] | None = None,
+    sequence: bool = False,
 ) -> GPT | T5 | BERT:
     """Reads a base model; the result is in eval mode.
 
@@ -154,6 +155,7 @@ def load_base(
             model gets a fresh one with `num_labels`, random by `seed`.
         quantize: `nf4` holds the projections in 4 bits, by `bitsandbytes`; the rest is `dtype`.
         wanted: whether a parameter is read; the others stay on the meta device. None: all are.
+        sequence: between sublayers the ranks of `mesh` share rows by their columns.
 
     Raises:
         UserError: where the checkpoint is missing, of an unknown architecture, or does not fit, and
@@ -174,7 +176,7 @@ def load_base(
         with torch.device("meta"):
             model = build_model(config)
         if mesh is not None:
-            parallelize(model, mesh)
+            parallelize(model, mesh, sequence)
         if wanted is not None:
             _type_absent(model, wanted, dtype)
         own = {name for name, _ in model.named_parameters() if wanted is None or wanted(name)}

@@ -43,6 +43,7 @@ class Mesh:
 
     `devices` is torch's mesh of the same names; None for a single process. `backward` are the
     pipeline's processes once more, for gradients. `split` is the first stage of a T5's decoder.
+    `sequence`: tensor-parallel processes share rows by their columns, too.
     """
 
     pipeline: Axis = field(default_factory=Axis)
@@ -51,6 +52,7 @@ class Mesh:
     devices: DeviceMesh | None = None
     backward: dist.ProcessGroup | None = None
     split: int | None = None
+    sequence: bool = False
 
     @property
     def model_parallel(self) -> bool:
@@ -66,7 +68,12 @@ class Mesh:
 
     @classmethod
     def of(
-        cls, device: torch.device, tensor: int = 1, pipeline: int = 1, split: int | None = None
+        cls,
+        device: torch.device,
+        tensor: int = 1,
+        pipeline: int = 1,
+        split: int | None = None,
+        sequence: bool = False,
     ) -> "Mesh":
         """The mesh of all processes; `torch.distributed` is there already if there are several.
 
@@ -87,7 +94,7 @@ class Mesh:
         if pipeline > 1:
             pipelines = devices.mesh.flatten(1).T.tolist()
             backward, _ = dist.new_subgroups_by_enumeration(pipelines)
-        return cls(**axes, devices=devices, backward=backward, split=split)
+        return cls(**axes, devices=devices, backward=backward, split=split, sequence=sequence)
 
 
 def check_sizes(world: int, tensor: int, pipeline: int) -> int:

@@ -109,7 +109,7 @@ class Placement:
         parameters = {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad or _of_adapters(name)
+            if parameter.requires_grad or of_adapters(name)
         }
         here = {name: p.detach() for name, p in parameters.items() if self.here(p)}
         whole = self.gathered(here, parameters)
@@ -126,6 +126,7 @@ class Placement:
             self.model.ranks = ALONE
 
 
-def _of_adapters(name: str) -> bool:
+def of_adapters(name: str) -> bool:
+    """Whether a parameter, by its name, is an adapter's, a fusion's or a head's."""
     inside = (".adapter_layer.", ".fusion_layer.")
     return name.startswith(("replacements.", "head.")) or any(part in name for part in inside)

@@ -24,6 +24,7 @@ from graftwerk.checkpoints.shards import check_space
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import UserError
+from graftwerk.parallel import fsdp
 from graftwerk.parallel.mesh import Mesh
 from graftwerk.parallel.placement import Placement
 from graftwerk.parallel.recompute import recompute
@@ -49,7 +50,7 @@ from graftwerk.training.trainer import (
     check_trainer,
     device_of,
 )
-from graftwerk.training.world import World
+from graftwerk.training.world import World, model_parallel_sizes
 
 DONE, FAILED, REQUEUE = 0, 1, 75
 
@@ -154,6 +155,9 @@ def check(stage: str, cfg: DictConfig, world: World) -> None:
     check_trainer(cfg.trainer, cfg.exp_manager)
     check_loggers(cfg.exp_manager)
     log_folder(cfg)
+    if model.get("use_fsdp"):
+        tensor, pipeline = model_parallel_sizes(model)
+        fsdp.check(world.size, tensor, pipeline, Goal.of(model, stage).whole)
     if stage == "training":
         if not is_nemo(Path(str(model.nemo_path))):
             return
@@ -244,6 +248,8 @@ def assemble(
     sched = cfg.model.optim.get("sched") or {}
     optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
     recompute(learner.model, cfg.model.get("activations_checkpoint_granularity"))
+    if cfg.model.get("use_fsdp") and mesh is not None:
+        fsdp.shard_base(learner.model, mesh, device)
     placement = Placement(learner.model, mesh)
 
     settings = TrainingSettings(

@@ -79,7 +79,7 @@ class Base:
             cut = Cut.of(self.config, mesh.pipeline.size, mesh.split)
             more["wanted"] = lambda name: mesh.pipeline.rank in cut.stages_of(name)
         if mesh is not None:
-            more["mesh"] = mesh.tensor_devices
+            more["mesh"], more["sequence"] = mesh.tensor_devices, mesh.sequence
         return load_base(self.path, dtype, device, self.config.head, **more)
 
 

@@ -124,7 +124,7 @@ def build_learner(
     if base is None:
         model = _first_weights(model_cfg, tokenizer, device)
         if mesh is not None and mesh.tensor_devices is not None:
-            parallelize(model, mesh.tensor_devices)
+            parallelize(model, mesh.tensor_devices, mesh.sequence)
         return Learner(model, tokenizer, [], str(model_cfg.nemo_path), autocast=mixed)
     if goal.whole:
         model = base.load(torch.float32, device, model_cfg.seed, mesh=mesh)
@@ -139,8 +139,15 @@ def build_learner(
             "model.peft.peft_scheme: selective trains parameters of the base, which qlora holds in "
             "4 bits: use lora beside it"
         )
+    if four_bits and model_cfg.get("use_fsdp"):
+        raise UserError(
+            "model.use_fsdp=True: 4-bit weights are not sharded: set it to False, or leave qlora "
+            "out of model.peft.peft_scheme"
+        )
     kind = torch.float32 if mixed else dtype
-    model = base.load(kind, device, model_cfg.seed, "nf4" if four_bits else None, mesh)
+    # A sharded base goes to its device layer by layer, by `fsdp.shard_base`.
+    place = torch.device("cpu") if model_cfg.get("use_fsdp") else device
+    model = base.load(kind, place, model_cfg.seed, "nf4" if four_bits else None, mesh)
     drop = _compose(model, goal, model_cfg)
     fusions = goal.fusions_to_train()
     return Learner(model, tokenizer, goal.trained, base.path, mixed, fusions, drop)

@@ -275,6 +275,8 @@ def build_trainer(
         use_distributed_sampler=False,  # the data module gives each process its own rows
         max_time=parse_time(trainer.get("max_time"), "trainer.max_time"),
         default_root_dir=folder,
+        # What a sharded base gathers in inference mode could not be trained with afterwards.
+        inference_mode=not cfg.model.get("use_fsdp"),
         **optional,
     )
     # With several processes Lightning would broadcast and wait once more in each step, to ask about

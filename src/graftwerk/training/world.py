@@ -77,14 +77,26 @@ class World:
         """The processes as `model` lays them out, joined.
 
         Raises:
-            UserError: where tensor and pipeline sizes do not divide their number.
+            UserError: where tensor and pipeline sizes do not divide their number, and for
+                `sequence_parallel` without tensor parallelism.
         """
-        tensor = model.get("tensor_model_parallel_size") or 1
-        pipeline = model.get("pipeline_model_parallel_size") or 1
+        tensor, pipeline = model_parallel_sizes(model)
         check_sizes(self.size, tensor, pipeline)
+        sequence = bool(model.get("sequence_parallel"))
+        if sequence and tensor == 1:
+            raise UserError(
+                "model.sequence_parallel=True splits rows over tensor-parallel devices: set "
+                "model.tensor_model_parallel_size to 2 or more, or sequence_parallel to False"
+            )
         self.connect(device)
         split = model.get("pipeline_model_parallel_split_rank")
-        return Mesh.of(device, tensor, pipeline, split)
+        return Mesh.of(device, tensor, pipeline, split, sequence)
+
+
+def model_parallel_sizes(model: DictConfig) -> tuple[int, int]:
+    """Over how many devices a `model` section splits a model: by tensor, by pipeline."""
+    tensor, pipeline = (model.get(f"{k}_model_parallel_size") for k in ("tensor", "pipeline"))
+    return tensor or 1, pipeline or 1
 
 
 class _Checked:
