@@ -80,8 +80,7 @@ def write_nemo_adapters(
         said = Said(*joined(saved, extra, fusions))
 
     def put(writer: TorchWriter) -> None:
-        for name, tensor in said.tensors.items():
-            writer.add(name, tensor)
+        writer.add_all(said.tensors)
         for name, of in said.aliases.items():
             writer.alias(name, of)
 

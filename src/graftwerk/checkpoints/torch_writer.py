@@ -1,14 +1,17 @@
 """A torch file written tensor by tensor, so that a model of any size needs little memory.
 
 `torch.save` wants all tensors at once. The form is its own (`torch/serialization.py`): a zip of
-stored records, `data/<n>` for each storage and `data.pkl`, which says where each tensor lies.
+stored records, `data/<n>` for each storage and `data.pkl`, which says where each tensor lies. A
+record costs some 200 bytes: many small tensors can be views of one storage.
 """
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -34,13 +37,25 @@ class TorchWriter:
     def __init__(self, file: BinaryIO):
         self._zip = zipfile.ZipFile(_FromHere(file), "w")  # type: ignore[arg-type]
         self._tensors: dict[str, _Stored] = {}
+        self._storages = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor; it is contiguous in the file."""
-        tensor = tensor.detach().cpu().contiguous()
-        key = str(len(self._tensors))
-        self._record(f"data/{key}", tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self._tensors[name] = _Stored(key, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        self.add_all({name: tensor})
+
+    def add_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors behind each other, those of one type as views of one storage."""
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
+            own = {name: each for name, each in tensors.items() if each.dtype == dtype}
+            count = sum(each.numel() for each in own.values())
+            storage = _Storage(str(self._storages), dtype, count)
+            self._storages += 1
+            bits = (_bytes(each) for each in own.values())
+            self._record(f"data/{storage.key}", bits, count * dtype.itemsize)
+            offset = 0
+            for name, each in own.items():
+                self._tensors[name] = _Stored(storage, offset, tuple(each.shape))
+                offset += each.numel()
 
     def alias(self, name: str, of: str) -> None:
         """Gives a written tensor a second name, as tied weights have."""
@@ -50,9 +65,9 @@ class TorchWriter:
         """Writes what says where the tensors lie; without it the file is none."""
         description = io.BytesIO()
         _Pickler(description, protocol=2).dump(OrderedDict(self._tensors))
-        self._record("data.pkl", description.getvalue())
-        self._record("byteorder", b"little")
-        self._record("version", b"3\n")
+        small = pickletools.optimize(description.getvalue())  # without places that none refers to
+        for leaf, content in (("data.pkl", small), ("byteorder", b"little"), ("version", b"3\n")):
+            self._record(leaf, [content], len(content))
         self._zip.close()
 
     def abandon(self) -> None:
@@ -60,49 +75,47 @@ class TorchWriter:
         with suppress(OSError, ValueError):
             self._zip.close()
 
-    def _record(self, leaf: str, content: Any) -> None:
+    def _record(self, leaf: str, content: Iterable[Any], size: int) -> None:
         info = zipfile.ZipInfo(f"{ROOT}/{leaf}")
-        info.file_size = memoryview(content).nbytes
+        info.file_size = size
         zip64 = info.file_size > zipfile.ZIP64_LIMIT // 2
         start = self._zip.fp.tell() + 30 + len(info.filename)  # type: ignore[union-attr]
         start += 4 + (ZIP64_FIELD if zip64 else 0)
         padding = -start % ALIGNMENT
         info.extra = struct.pack("<HH", PADDING, padding) + b"Z" * padding
         with self._zip.open(info, "w", force_zip64=zip64) as record:
-            record.write(content)
+            for piece in content:
+                record.write(piece)
         info.extra = b""  # zipfile would write it into the directory too
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class _Storage:
+    """The storage of written tensors; in a pickle a reference to a record, `pid`."""
+
+    def __init__(self, key: str, dtype: torch.dtype, count: int):
+        self.key = key
+        self.pid = ("storage", CLASSES[dtype], key, "cpu", count)
 
 
 class _Stored:
     """A tensor that is written already; pickled as torch pickles a tensor."""
 
-    def __init__(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: Any):
-        self.key, self.dtype, self.shape, self.stride = key, dtype, shape, tuple(stride)
+    def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...]):
+        self.storage, self.offset, self.shape = storage, offset, shape
+        self.stride = torch.empty(shape, device="meta").stride()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_tensor_v2, (
-            _Storage(self),
-            0,
-            self.shape,
-            self.stride,
-            False,
-            OrderedDict(),
-        )
-
-
-class _Storage:
-    """The storage of a written tensor; in a pickle a reference to a record."""
-
-    def __init__(self, stored: _Stored):
-        self.key, self.dtype = stored.key, stored.dtype
-        self.count = torch.Size(stored.shape).numel()
+        place = (self.storage, self.offset, self.shape, self.stride)
+        return _rebuild_tensor_v2, (*place, False, OrderedDict())
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, _Storage):
-            return None
-        return "storage", CLASSES[obj.dtype], obj.key, "cpu", obj.count
+        return obj.pid if isinstance(obj, _Storage) else None
 
 
 class _FromHere:

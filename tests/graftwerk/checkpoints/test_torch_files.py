@@ -161,3 +161,25 @@ def test_what_we_write_tensor_by_tensor_is_what_torch_would_load(tmp_path):
     (tmp_path / "a.ckpt").write_bytes(content)
     mapped = torch.load(tmp_path / "a.ckpt", weights_only=True, mmap=True)
     assert all(t.data_ptr() % 64 == 0 for name, t in mapped.items() if t.numel()), "aligned"
+
+
+def test_many_small_tensors_are_views_of_one_storage_for_each_type(tmp_path):
+    small = {f"layers.{n}.gate.weight": torch.randn(1, 3 + n % 2) for n in range(200)}
+    given = {**tensors(), **small}
+    with open(tmp_path / "a.ckpt", "wb") as file:
+        writer = TorchWriter(file)
+        writer.add_all(given)
+        writer.alias("tied", "t0")
+        writer.close()
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+    assert found["tied"].data_ptr() == found["t0"].data_ptr()
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
+        records = [info for info in archive.infolist() if "/data/" in info.filename]
+    assert len(records) == len({tensor.dtype for tensor in given.values()})
+    names = sum(len(name) for name in small)
+    numbers = sum(tensor.nbytes for tensor in given.values())
+    assert (tmp_path / "a.ckpt").stat().st_size < numbers + names + 60 * len(given) + 4096
+    with TorchFiles([tmp_path / "a.ckpt"]) as source:
+        assert source.names == {*given, "tied"}
+        assert all(torch.equal(source.read(name), tensor) for name, tensor in given.items())
