@@ -21,6 +21,7 @@ from graftwerk.adapters.composition import Composition
 from graftwerk.checkpoints.adapterhub_heads import numbered
 from graftwerk.checkpoints.tensors import SafeTensors
 from graftwerk.checkpoints.torch_files import TorchFiles
+from graftwerk.checkpoints.torch_writer import TorchWriter
 from graftwerk.errors import UserError
 
 VERSION = "adapters.1.3.0"
@@ -288,7 +289,7 @@ def write_part(
             plain = {name: tensors[name].detach().cpu().clone() for name in once.values()}
             save_file({k: v.contiguous() for k, v in plain.items()}, parts[0], {"format": "pt"})
         else:
-            torch.save(in_one_storage(tensors), parts[0])
+            _write_torch(parts[0], tensors)
         write_json(parts[1], settings)
         size = sum(part.stat().st_size for part in parts)
         os.replace(parts[0], folder / weights)
@@ -320,18 +321,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True))
 
 
-def in_one_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors as views of one storage for each type: a file then has one record for each.
-
-    A record costs some 200 bytes, and an adapter has hundreds of small tensors. What is one tensor
-    under several names stays one.
-    """
-    unique = {id(tensor): tensor for tensor in tensors.values()}
-    made: dict[int, Tensor] = {}
-    for dtype in {tensor.dtype for tensor in unique.values()}:
-        own = {key: tensor for key, tensor in unique.items() if tensor.dtype == dtype}
-        flat = torch.cat([tensor.detach().cpu().reshape(-1) for tensor in own.values()])
-        sizes = [tensor.numel() for tensor in own.values()]
-        for (key, tensor), view in zip(own.items(), flat.split(sizes), strict=True):
-            made[key] = view.view(tensor.shape)
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+def _write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """What is one tensor under several names stays one."""
+    once = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+    with open(path, "wb") as file:
+        writer = TorchWriter(file)
+        writer.add_all({name: tensors[name] for name in reversed(once.values())})
+        for name, tensor in tensors.items():
+            writer.alias(name, once[id(tensor)])
+        writer.close()
