@@ -172,6 +172,33 @@ def test_resuming_gives_the_rest_of_the_epoch_then_the_next(config):
     assert [questions(step) for _ in range(2) for step in loader] == expected[2:]
 
 
+def chances_of(config, micro_batch_size=2, seed=1, done=0, **layout):
+    """What dropout draws from, by question, of each step of two epochs over all ranks."""
+    config.micro_batch_size = micro_batch_size
+    found = [{} for _ in range(6 - done)]
+    for rank in range(layout.get("world_size", 1)):
+        module = AnswerDataModule(config, tokenizer, seed=seed, rank=rank, **layout)
+        module.set_consumed(module.samples_after(done))
+        loader = module.train_dataloader()
+        for place, step in zip(found, [step for _ in range(2) for step in loader], strict=False):
+            for batch in step:
+                pairs = zip(questions([batch]), batch.chance.tolist(), strict=False)  # or a filler
+                place |= dict(pairs)
+    return found
+
+
+def test_what_dropout_draws_from_is_a_rows_own_in_any_layout_and_after_resuming(config):
+    config.global_batch_size = 8
+    one = chances_of(config)
+    assert [len(step) for step in one] == [8, 8, 5] * 2
+    assert len({chance for step in one for chance in step.values()}) == 42
+    assert chances_of(config, 8) == one
+    assert chances_of(config, 1, world_size=4) == one
+    assert chances_of(config, done=4) == one[4:]
+    other = chances_of(config, seed=2)
+    assert not {c for step in one for c in step.values()} & {c for s in other for c in s.values()}
+
+
 def test_ranks_that_run_out_of_rows_get_fillers(config):
     config.global_batch_size = 16
     modules = [AnswerDataModule(config, tokenizer, seed=1, rank=r, world_size=8) for r in range(8)]

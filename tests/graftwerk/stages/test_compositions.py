@@ -227,7 +227,7 @@ def start_of_two(path: Path, stage_base: Path, head: str | None = None) -> dict[
 
 @pytest.mark.parametrize("family", ["gpt", "t5", "bert"])
 def test_adapters_side_by_side_are_those_that_learn_alone(family, peft, base, tmp_path):
-    """Float32, no dropout, Adam with an `eps` that makes its step smooth; gradients are clipped."""
+    """Float32, dropout, Adam with an `eps` that makes its step smooth; gradients are clipped."""
     if family != "gpt":
         base = save_tiny(family, tmp_path / family)
         peft = as_family(peft, base, tmp_path, 4)
@@ -242,6 +242,7 @@ def test_adapters_side_by_side_are_those_that_learn_alone(family, peft, base, tm
         composition = "Parallel(a, b)" if name == "both" else None
         one.model.restore_path = starts[name]
         one = wants(one, peft_scheme="lora", adapter_names=names, composition=composition)
+        one.model.peft.lora_tuning.adapter_dropout = 0.1
         assert learning.run("peft", one) == 0
         ends |= {(name, a.name): a.state for a in read_adapters(one.model.nemo_path).adapters}
         if name == "both":

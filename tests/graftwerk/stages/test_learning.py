@@ -133,6 +133,21 @@ def test_training_in_bfloat16_keeps_its_weights_in_float32(cfg):
     assert any((p.bfloat16().float() != p).any() for p in model.parameters())
 
 
+def test_dropout_of_a_whole_model_does_not_depend_on_micro_batches(cfg):
+    cfg = as_training(cfg)
+    cfg.trainer.max_steps = 3
+    cfg.model.optim.eps = 1.0  # steps that do not magnify the smallest gradients
+    found = {}
+    for size, rate in ((4, 0.0), (4, 0.1), (1, 0.1)):
+        one = elsewhere(cfg, Path(cfg.run.results_dir) / f"{size}-{rate}")
+        one.model.nemo_path = str(results(one) / "model")
+        one.model.update(micro_batch_size=size, hidden_dropout=rate, embedding_dropout=rate)
+        assert learning.run("training", one) == 0
+        found[size, rate] = [float(row["train_loss"]) for row in read_metrics(one)[:3]]
+    assert found[1, 0.1] == pytest.approx(found[4, 0.1], rel=1e-5)
+    assert found[4, 0.0] != pytest.approx(found[4, 0.1], rel=1e-3)
+
+
 def test_training_resumes_to_the_same_bits(cfg):
     cfg = as_training(cfg)
     straight = elsewhere(cfg, Path(cfg.run.results_dir) / "straight")

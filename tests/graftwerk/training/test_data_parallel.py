@@ -62,7 +62,7 @@ def run_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.Completed
 
 @pytest.mark.parametrize("starter", [torchrun, pytest.param(srun, marks=pytest.mark.long)])
 def test_two_processes_train_what_one_does(starter, cfg, tmp_path):
-    cfg.model.adapter_tuning.adapter_dropout = 0.0
+    assert cfg.model.adapter_tuning.adapter_dropout == 0.1
     cfg.model.micro_batch_size = 1
     alone = elsewhere(cfg, tmp_path / "alone")
     assert learning.run("adapter_learning", alone) == 0

@@ -332,12 +332,14 @@ def test_key_seed_changes_the_weights(cfg):
 
 
 def test_key_micro_batch_size_changes_no_result(cfg):
-    cfg.model.adapter_tuning.adapter_dropout = 0.0
+    """Dropout is on, as `adapter_dropout` has it."""
     first = run(elsewhere(cfg, Path(cfg.run.results_dir) / "first"))
-    cfg.model.micro_batch_size = 1
-    second = run(cfg)
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-4)
+    for size in (1, 4):
+        other = elsewhere(cfg, Path(cfg.run.results_dir) / str(size))
+        other.model.micro_batch_size = size
+        second = run(other)
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-4)
 
 
 def test_key_adapter_dropout_is_active_in_training_alone(cfg):
