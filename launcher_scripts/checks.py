@@ -17,6 +17,7 @@ from launcher_scripts.complete import (
     short,
 )
 from launcher_scripts.compose import Composition
+from launcher_scripts.layouts import check_layout, own_shape
 from launcher_scripts.notices import (
     ABSENT_CLUSTERS,
     ABSENT_KEYS,
@@ -311,43 +312,13 @@ class _Check:
 
     def _layout(self, name: str, plain: Any) -> None:
         """Devices by model parallelism, batches by devices, the model by both."""
-        try:
-            trainer, model = plain["trainer"], plain["model"]
-            world = trainer["devices"] * trainer["num_nodes"]
-            tensor = model["tensor_model_parallel_size"]
-            pipeline = model["pipeline_model_parallel_size"]
-            sizes = [world, tensor, pipeline]
-        except (KeyError, TypeError):
+        model = plain.get("model") if isinstance(plain, dict) else None
+        if not isinstance(model, dict):
             return
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            return
-        key = f"{name}.model"
-        if world % (tensor * pipeline):
-            self.report(
-                f"{key}.tensor_model_parallel_size",
-                f"{tensor} x pipeline_model_parallel_size {pipeline} must divide the "
-                f"{world} devices (trainer.devices {trainer['devices']} x num_nodes "
-                f"{trainer['num_nodes']})",
-            )
-        else:
-            self._batches(key, model, world // (tensor * pipeline))
         shape = own_shape(model) if name == "training" else self._base_shape(_base_path(model))
-        if shape is not None:
-            self._divides(key, shape, tensor, pipeline)
+        check_layout(name, plain, shape, self.report, self.notices)
         if name == "training":
-            self._architecture(key, model)
-
-    def _batches(self, key: str, model: dict[str, Any], replicas: int) -> None:
-        total, micro = model.get("global_batch_size"), model.get("micro_batch_size")
-        if not (isinstance(total, int) and isinstance(micro, int)) or min(total, micro) < 1:
-            return
-        if total % (micro * replicas):
-            self.report(
-                f"{key}.global_batch_size",
-                f"{total} must be a multiple of micro_batch_size {micro} x {replicas} "
-                f"data-parallel copies of the model (devices by tensor and pipeline size), that "
-                f"is of {micro * replicas}",
-            )
+            self._architecture(f"{name}.model", model)
 
     def _base_shape(self, path: Any) -> Shape | None:
         """The base's sizes, or those of the checkpoint that `conversion` makes it from."""
@@ -358,23 +329,6 @@ class _Check:
             )
             path = source if path == made else path
         return read_shape(path) if isinstance(path, str) and path != "auto" else None
-
-    def _divides(self, key: str, shape: Shape, tensor: int, pipeline: int) -> None:
-        for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            size = getattr(shape, field)
-            if size is not None and size % tensor:
-                self.report(
-                    f"{key}.tensor_model_parallel_size",
-                    f"{tensor} must divide the model's {field} {size}",
-                )
-        layers = shape.num_layers
-        if layers is not None and (layers + (shape.decoder_num_layers or 0)) % pipeline:
-            decoder = shape.decoder_num_layers
-            more = f" + decoder_num_layers {decoder}" if decoder else ""
-            self.report(
-                f"{key}.pipeline_model_parallel_size",
-                f"{pipeline} must divide the model's num_layers {layers}{more}",
-            )
 
     def _architecture(self, key: str, model: dict[str, Any]) -> None:
         names = ("hidden_size", "num_attention_heads", "num_query_groups")
@@ -398,14 +352,6 @@ class _Check:
                 f"{key}.encoder_seq_length",
                 f"{length} must be at most max_position_embeddings {positions}",
             )
-
-
-def own_shape(model: dict[str, Any]) -> Shape:
-    """The shape that a `training` configuration describes itself."""
-    heads, hidden = _size(model, "num_attention_heads"), _size(model, "hidden_size")
-    ffn = _size(model, "ffn_hidden_size") or (4 * hidden if hidden else None)
-    groups = _size(model, "num_query_groups") or heads
-    return Shape(_size(model, "num_layers"), heads, groups, ffn)
 
 
 def _size(values: dict[str, Any], key: str) -> int | None:

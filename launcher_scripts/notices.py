@@ -50,6 +50,11 @@ FOREIGN_KEYS = {
     "gradient_accumulation_steps": "ours is trainer.accumulate_grad_batches",
     "max_grad_norm": "ours is trainer.gradient_clip_val",
     "model_name_or_path": "ours is model.language_model_path",
+    **dict.fromkeys(
+        ("activations_checkpoint_method", "activations_checkpoint_num_layers"),
+        "ours is model.activations_checkpoint_granularity alone: full recomputes every layer",
+    ),
+    "gradient_checkpointing": "ours is model.activations_checkpoint_granularity: full",
     "max_seq_length": "ours is model.encoder_seq_length",
     "output_dir": "ours is run.results_dir",
     "max_new_tokens": "ours is model.inference.tokens_to_generate",

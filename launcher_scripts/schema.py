@@ -413,6 +413,10 @@ class Layout:
     micro_batch_size: Positive = 8
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
+    pipeline_model_parallel_split_rank: Count | None = None  # a T5's; null: in the middle
+    sequence_parallel: bool = False
+    use_fsdp: bool = False
+    activations_checkpoint_granularity: Literal["selective", "full"] | None = None
     model_parallel_size: Positive | None = field(default=None, metadata=INERT)
     gradient_as_bucket_view: bool = field(default=False, metadata=INERT)
 
@@ -428,7 +432,6 @@ class _Learned(Layout):
     encoder_seq_length: Annotated[int, Range(2)] = 2048
     optim: Optim = field(default_factory=Optim)
     virtual_prompt_style: NoPrompt = field(default="no-prompts", metadata=INERT)
-    pipeline_model_parallel_split_rank: Count | None = field(default=None, metadata=INERT)
 
 
 @keys
@@ -746,6 +749,7 @@ class EvalModel:
     encoder_seq_length: Annotated[int, Range(2)] | Literal["auto"] | None = "auto"
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
+    pipeline_model_parallel_split_rank: Count | None = None
     inference: Inference = field(default_factory=Inference)
 
 
