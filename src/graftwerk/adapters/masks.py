@@ -88,7 +88,7 @@ class Dropout(nn.Dropout):
         super().__init__(p)
         self.key, self.of = key, of
         self._numbers: Tensor | None = None  # of the features, where others lie elsewhere
-        self._features: tuple[str, Tensor] | None = None
+        self._features: tuple[tuple[str, int, torch.device], Tensor] | None = None
 
     def share(self, site: "Site", cut: Callable[[Tensor, int], Tensor]) -> None:
         """Lets it know which features it sees; `cut(numbers, blocks)` gives this rank's."""
@@ -114,13 +114,11 @@ class Dropout(nn.Dropout):
 
     def _hashes(self, count: int, device: torch.device) -> Tensor:
         """Of each feature, [F] int32: the same in all passes."""
-        if self._features is None or (self._features[0], self._features[1].device) != (
-            self.key,
-            device,
-        ):
+        made_for = self.key, count, device
+        if self._features is None or self._features[0] != made_for:
             numbers = torch.arange(count) if self._numbers is None else self._numbers
             made = narrow(hashed(crc32(self.key.encode()), numbers.to(device)))
-            self._features = self.key, made
+            self._features = made_for, made
         return self._features[1]
 
 

@@ -43,7 +43,7 @@ class TrainingSettings:
         steps_per_epoch: optimizer steps of an epoch, `limit_train_batches` applied.
         gradient_clip_val: the largest norm of all gradients; 0 clips nothing.
         log_every_n_steps: steps between two lines of metrics.
-        seed: of dropout.
+        seed: of what draws from torch's random state.
         rank: of this process among the data-parallel ones.
         autocast: run forward passes under bfloat16 autocast (weights stay float32).
         monitor: the metric that a ReduceLROnPlateau schedule watches.
@@ -70,7 +70,8 @@ class LearningModule(pl.LightningModule):
     weight that divides them. Under a `Parallel` the loss is the sum over its copies of the batch;
     what active fusions add to the loss, they add once a step.
 
-    Before each step the random state is set from (seed, step, rank), so dropout needs no saved
+    Dropout follows from the batch's `chance`. What still draws from torch's random state (dropout of
+    attention's weights) finds it set from (seed, step, rank) before each step: it needs no saved
     state and does not depend on when validation ran.
     """
 

@@ -115,6 +115,7 @@ def test_other_rows_padding_and_a_cut_change_no_mask():
     assert torch.equal(longer[:, :8], whole)
     assert torch.equal(dropout(x[2:], flow_of(rows[2:], -2)), whole[2:])
     assert torch.equal(dropout(x[:, 3:], flow_of(rows, 1)), whole[:, 3:])
+    assert torch.equal(dropout(x[..., :4], flow_of(rows, -2)), whole[..., :4])
 
 
 @pytest.mark.parametrize(
