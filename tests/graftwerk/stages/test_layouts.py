@@ -63,8 +63,8 @@ def up_to(cfg: DictConfig, steps: int) -> DictConfig:
     return made
 
 
-def process(rank: int, port: int, runs: list[tuple[str, dict]]) -> None:
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+def process(rank: int, count: int, port: int, runs: list[tuple[str, dict]]) -> None:
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in given.items()}, MASTER_ADDR="127.0.0.1")
     for stage, config in runs:
         made = OmegaConf.create(config)
@@ -73,13 +73,13 @@ def process(rank: int, port: int, runs: list[tuple[str, dict]]) -> None:
     dist.destroy_process_group()
 
 
-def on_two_processes(runs: list[tuple[str, DictConfig]]) -> None:
+def on_processes(count: int, runs: list[tuple[str, DictConfig]]) -> None:
     """Several stages, of which each process runs one after the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     plain = [(stage, OmegaConf.to_container(config)) for stage, config in runs]
-    mp.spawn(process, (port, plain), nprocs=2)
+    mp.spawn(process, (count, port, plain), nprocs=count)
 
 
 def weights(cfg: DictConfig) -> dict[str, torch.Tensor]:
@@ -135,8 +135,7 @@ def at(cfg: DictConfig, folder: Path) -> DictConfig:
 def asked(learned: DictConfig, folder: Path) -> DictConfig:
     """An eval stage of what was learned, with results in a folder of its own."""
     folder.mkdir(exist_ok=True)
-    made = eval_cfg(learned, folder)
-    return made
+    return eval_cfg(learned, folder)
 
 
 def told(cfg: DictConfig, name: str) -> list[dict]:
@@ -166,7 +165,7 @@ def test_every_layout_learns_what_one_process_learns(
             ("eval", as_layout(asked(config, tmp_path / name), name))
             for name, config in runs.items()
         ]
-    on_two_processes([*first, *questions])
+    on_processes(2, [*first, *questions])
     assert learning.run("peft", up_to(alone, FIRST)) == 0
     states = checkpoint(alone)
     for config in runs.values():
