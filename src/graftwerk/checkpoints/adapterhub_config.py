@@ -5,7 +5,7 @@ otherwise, and those that say only how weights begin. All other keys are fields 
 LoRA lies is said by four keys there and by the names of slots here, and depends on the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -92,6 +92,20 @@ def _read_places(values: dict[str, Any], model: TransformerConfig, where: str) -
     used = [*(letters if flags[attention] else ()), *(key for key in rest if flags[key])]
     values["places"] = tuple(dict.fromkeys(slot for key in used for slot in slots[key]))
     values["output_places"] = slots["output_lora"]
+    values["scaled_places"] = _scaled_rest(values, letters if flags[attention] else (), model)
+
+
+def _scaled_rest(
+    values: Mapping[str, Any], letters: Sequence[str], model: TransformerConfig
+) -> tuple[str, ...]:
+    """What of GPT-2's one projection has no part of an IA3 and is multiplied with alpha with it."""
+    alone = values.get("composition_mode", "add") != "scale" or values.get("use_gating", False)
+    if alone or not letters or model_type_of(model) != "gpt2":
+        return ()
+    if values.get("alpha", HubLoRAConfig.alpha) == 1:
+        return ()
+    slots = lora_places(model)
+    return tuple(slot for key in MATRICES if key not in letters for slot in slots[key])
 
 
 def _write_places(values: dict[str, Any], model: TransformerConfig) -> None:
@@ -108,6 +122,12 @@ def _write_places(values: dict[str, Any], model: TransformerConfig) -> None:
             f"{', '.join(slot for each in slots.values() for slot in each)}"
         )
     letters = [key for key in order if key in MATRICES]
+    scaled, meant = values.pop("scaled_places"), _scaled_rest(values, letters, model)
+    if set(scaled) != set(meant):
+        raise UserError(
+            f"AdapterHub's IA3 cannot say scaled_places={list(scaled)}: with alpha="
+            f"{values['alpha']} it means {list(meant)} on this model"
+        )
     values["attn_matrices"] = letters or ["q", "v"]
     values |= {key: key in order for key in LORA_KEYS}
     values["selfattn_lora"] = bool(letters)

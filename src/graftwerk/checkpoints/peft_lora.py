@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftwerk.adapters.configs import IA3Config, LoRAConfig, MethodConfig, UnionConfig
 from graftwerk.adapters.kinds import fits, words_for
-from graftwerk.adapters.methods.hub_lora import HubIA3, HubLoRA
+from graftwerk.adapters.methods.hub_lora import HubIA3, HubLoRA, HubScale
 from graftwerk.adapters.methods.ia3 import PLACES, Scale
 from graftwerk.adapters.methods.lora import SLOTS, DoRA, LoRA
 from graftwerk.adapters.part import Part
@@ -397,6 +397,8 @@ def _vector(part: Part, slot: str, path: str | Path) -> Tensor:
     """What an IA3 part multiplies its slot's output with."""
     if isinstance(part, Scale):
         return part.scalers.detach()
+    if isinstance(part, HubScale):
+        return torch.full((part.site.out_features,), float(part.scale))
     if not isinstance(part, HubIA3) or part.gate is not None:
         raise UserError(f"{path}: peft has no words for {type(part).__name__} at {slot}")
     return part.scale * part.lora_B.detach().squeeze(1)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from graftwerk.adapters.configs import (
     ReftConfig,
     UnionConfig,
 )
+from graftwerk.adapters.merge import merge
 from graftwerk.checkpoints import load_adapter
 from graftwerk.checkpoints.adapterhub import (
     About,
@@ -29,6 +31,7 @@ from graftwerk.checkpoints.adapterhub import (
 from graftwerk.checkpoints.adapterhub_config import hub_config, method_of
 from graftwerk.checkpoints.adapterhub_files import read_adapterhub, setup_dict, setup_of
 from graftwerk.checkpoints.adapterhub_heads import numbered
+from graftwerk.checkpoints.peft import save_peft
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig, build_model
 
@@ -99,6 +102,39 @@ def test_gpt2s_fused_projection_holds_the_parts_of_its_slots_in_blocks(tmp_path)
     assert torch.equal(fused, torch.cat(parts))
     assert fused.shape == (6, 16)
     assert file["transformer.h.1.attn.c_attn.loras.a.lora_B"].shape == (32, 3)
+
+
+def test_an_ia3_with_an_alpha_scales_the_rest_of_gpt2s_projection_too(tmp_path):
+    model = tiny()
+    said = {"architecture": "lora", "composition_mode": "scale", "r": 1, "alpha": 2}
+    said |= {"attn_matrices": ["k", "v"], "init_weights": "ia3"}
+    method = method_of(said, model)
+    assert isinstance(method, HubLoRAConfig)
+    assert method.scaled_places == ("query",)
+    tensors = saved(model, method, tmp_path)
+    assert sum(t.numel() for t in tensors.values()) == len(tensors) * 2 * model.config.hidden_size
+    load_adapterhub(model, tmp_path, "again")
+    model.add_adapter("whole", replace(method, places=("query", "key", "value"), scaled_places=()))
+    ones = {k: torch.ones_like(v) for k, v in model.adapter_state("whole").items()}
+    model.load_adapter_state("whole", ones | model.adapter_state("a"))
+    logits, ids = {}, torch.arange(10)[None]
+    for name in ("a", "again", "whole"):
+        model.set_active(name)
+        logits[name] = model(ids)
+    torch.testing.assert_close(logits["again"], logits["a"])
+    torch.testing.assert_close(logits["whole"], logits["a"])
+    merged = merge(model)
+    torch.testing.assert_close(model(ids), logits["a"], atol=1e-4, rtol=1e-4)
+    merged.undo()
+    save_peft(model, "a", tmp_path / "peft")
+    model.set_active(load_adapter(model, tmp_path / "peft", "of_peft"))
+    torch.testing.assert_close(model(ids), logits["a"])
+    assert method_of({**said, "alpha": 1}, model).scaled_places == ()
+    assert method_of({**said, "attn_matrices": ["q", "k", "v"]}, model).scaled_places == ()
+    assert method_of({**said, "use_gating": True}, model).scaled_places == ()
+    assert method_of(said, tiny(**LLAMA)).scaled_places == ()
+    with pytest.raises(UserError, match=r"scaled_places=\[\]: with alpha=2 it means \['query'\]"):
+        hub_config(replace(method, scaled_places=()), model)
 
 
 def test_llamas_intermediate_lora_lies_at_down_proj_and_output_lora_at_up_proj(tmp_path):

@@ -45,6 +45,8 @@ class HubLoRAConfig(MethodSettings):
         output_places: those of `places` that are AdapterHub's "output"; others of an MLP are its
             "intermediate". It tells apart where gates are recorded, nothing else.
         composition_mode: `add`: `output + s B A input`; `scale` (IA3): `alpha B * output`.
+        scaled_places: slots without parameters that give `alpha * output` in `scale` mode: what
+            AdapterHub's library does with the rest of GPT-2's fused projection.
         dropout: of the input of A, in training.
         init_weights: how A and B are born. `lora`: A kaiming-uniform with a = sqrt 5, B zero;
             `bert`: both normal, deviation 0.02; `ia3`: ones; `vera`: both kaiming-uniform.
@@ -60,6 +62,7 @@ class HubLoRAConfig(MethodSettings):
 
     places: tuple[str, ...] = ("query", "value")
     output_places: tuple[str, ...] = ("fc2",)
+    scaled_places: tuple[str, ...] = ()
     r: int = 8
     alpha: float = 8
     dropout: float = 0.0
@@ -72,9 +75,8 @@ class HubLoRAConfig(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [
-            place for place in (*self.places, *self.output_places) if place not in SLOTS
-        ]:
+        named = (*self.places, *self.output_places, *self.scaled_places)
+        if unknown := [place for place in named if place not in SLOTS]:
             raise UserError(f"places: {unknown[0]!r} is not known: use some of {', '.join(SLOTS)}")
         if not self.places:
             raise UserError(f"places is empty: name some of {', '.join(SLOTS)}")
@@ -88,6 +90,8 @@ class HubLoRAConfig(MethodSettings):
             raise UserError(f"dropout={self.dropout}: must be from 0 up to below 1")
         if self.composition_mode == "scale":
             self._check_scale()
+        elif self.scaled_places:
+            raise UserError("scaled_places goes with composition_mode='scale': unset it")
         if self.weight_tying and self.use_dora:
             raise UserError(
                 "use_dora=True learns the length of each layer's own rows, which layers cannot "
@@ -121,6 +125,8 @@ class HubLoRAConfig(MethodSettings):
 
     def create(self, site: Site) -> Part | None:
         """The part for a slot, or None where the method has none."""
+        if site.name in self.scaled_places and site.name not in self.places:
+            return HubScale(self.scale)
         if site.name not in self.places:
             return None
         if self.composition_mode == "scale":
@@ -400,3 +406,22 @@ class HubIA3(Gated):
         if site.split == "column":
             rows = Layout(dim=0, blocks=site.blocks)
         return super().layouts(site) | {"lora_B": rows}
+
+
+class HubScale(Part):
+    """`alpha * output`, without parameters; the bias is scaled with the rest."""
+
+    unmergeable = None
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, call: SlotCall) -> Tensor:
+        return self.scale * call.output
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return self.scale * weight
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        return self.scale * bias
