@@ -131,7 +131,7 @@ class ReftUnit(nn.Module):
         weight = self.projection.weight
         return orthonormal(weight) if self.orthonormal else weight
 
-    def forward(self, x: Tensor, flow: Flow) -> Tensor:
+    def forward(self, x: Tensor, flow: Flow | None = None) -> Tensor:
         rotation = self.rotation().to(x.dtype)
         source = self.function(self.learned_source(x))
         if self.subtract:
