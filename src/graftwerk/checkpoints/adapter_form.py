@@ -2,7 +2,8 @@
 
 The settings of one adapter lie flat, those of several in a list `adapters`, and the keys of their
 weights begin with the adapter's name. Fusions lie in a list `fusions` beside it, and the keys of
-theirs begin with `fusion:` and the fusion's name, `a,b`.
+theirs begin with `fusion:` and the fusion's name, `a,b`. Of many tensors those of layers in a row
+are one (`stacked`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.kinds import field_kinds, fits, words_for
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.checkpoints.reft_rows import with_bases
+from graftwerk.checkpoints.stacked import stacked, unstacked
 from graftwerk.errors import UserError
 
 FORMAT = "graftwerk"
@@ -82,13 +84,13 @@ def joined(
     """Settings and weights of adapters and fusions as one file of our form holds them."""
     settings = [settings_of(adapter) for adapter in saved]
     if len(saved) == 1 and not fusions:
-        return {"format": FORMAT, **settings[0], **extra}, saved[0].state
+        return {"format": FORMAT, **settings[0], **extra}, stacked(saved[0].state)
     told: dict[str, Any] = {"format": FORMAT, "adapters": settings}
     state = {f"{a.name}.{key}": value for a in saved for key, value in a.state.items()}
     if fusions:
         told["fusions"] = [{"name": each.name, **asdict(each.config)} for each in fusions]
         state |= {f"{FUSION}{f.name}.{key}": v for f in fusions for key, v in f.state.items()}
-    return {**told, **extra}, state
+    return {**told, **extra}, stacked(state)
 
 
 def settings_of(adapter: SavedAdapter) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def apart(path: Path, settings: Mapping[str, Any], state: dict[str, Tensor]) -> 
         UserError: where settings or weights are not of this form.
     """
     told, extra = listed(path, settings)
+    state = unstacked(path, state)
     if "adapters" not in settings:
         ((name, config),) = told
         return AdapterFile([SavedAdapter(name, config, state)], extra)
