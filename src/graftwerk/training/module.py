@@ -70,7 +70,7 @@ class LearningModule(pl.LightningModule):
     weight that divides them. Under a `Parallel` the loss is the sum over its copies of the batch;
     what active fusions add to the loss, they add once a step.
 
-    Dropout follows from the batch's `chance`. What still draws from torch's random state (dropout of
+    Dropout follows from the batch's `chance`. What still draws from torch's random state (that of
     attention's weights) finds it set from (seed, step, rank) before each step: it needs no saved
     state and does not depend on when validation ran.
     """

@@ -23,9 +23,8 @@ from graftwerk.generation import Sampling, complete
 from graftwerk.models import build_model
 from graftwerk.parallel.mesh import Mesh, check_sizes
 from graftwerk.parallel.pipeline import Cut, Pipeline
-from graftwerk.training.loss import answer_loss
-from tests.graftwerk.tiny import shake, tokens
 from tests.graftwerk.adapters.test_interpreter import SHAPES
+from tests.graftwerk.tiny import shake, tokens
 
 # A prefix whose encoder is shared by the layers of a stack is on both stages of a GPT.
 PREFIX = PrefixTuningConfig(prefix_length=2, bottleneck_dim=4, weight_tying=True)
