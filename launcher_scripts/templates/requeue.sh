@@ -1,10 +1,11 @@
 # What ends a run of this job and what does not: a signal and a lost node have it queued anew, an
 # error of its own has not.
 max_requeues={{ job.max_requeues }}
+job=${job_id//\"/} # of an array this task: the number of one of the tasks means the whole array
 ending= # the exit code, where the end has come from outside
 told() { # TERM, to the stage as well: scancel, the time limit, a preemption, another node lost
   local books restarts
-  books=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) || return 0
+  books=$(scontrol --oneliner show job "$job" 2>/dev/null) || return 0
   restarts=${books#* Restarts=} restarts=${restarts%% *}
   case $books in
   *" JobState=RUNNING "*) return 0 ;; # a warning: the stage checkpoints and ends
@@ -37,7 +38,7 @@ requeue() { # WHY
   write_state REQUEUED 75 null
   trap '' TERM # which is how the requeue itself ends this script
   local answer
-  if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+  if answer=$(scontrol requeue "$job" 2>&1); then
     trap - EXIT
     exit 75
   fi

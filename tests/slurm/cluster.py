@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ip", "unshare")
+OF_ACCOUNTS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb", "mariadb-install-db")
 SPACES = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin"
 
@@ -47,7 +48,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
-MinJobAge=3600
+MinJobAge={memory}
 SchedulerParameters=bf_interval=2,sched_interval=5,batch_sched_delay=0
 JobRequeue=1
 {accounts}
@@ -59,6 +60,45 @@ PartitionName=debug Nodes=n[1-{nodes}] Default=YES MaxTime=1-0 DefaultTime=10 St
 NO_ACCOUNTS = """\
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none"""
+
+ACCOUNTS = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=control
+AccountingStoragePass={folder}/munge.socket
+JobAcctGatherType=jobacct_gather/linux"""
+
+SLURMDBD = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=control
+SlurmUser=root
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm
+CommitDelay=1
+"""
+
+# The daemons of the accounts, and the database behind them.
+BOOKS = """\
+mkdir mysql
+mariadb-install-db --no-defaults --user=root --datadir="$1/mysql" --skip-test-db \\
+  --auth-root-authentication-method=normal >mariadb.log
+mariadbd --no-defaults --user=root --datadir="$1/mysql" --socket="$1/mysql.socket" \\
+  --pid-file="$1/mysql.pid" --bind-address=127.0.0.1 --skip-name-resolve \\
+  --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 \\
+  --innodb-flush-log-at-trx-commit=0 >>mariadb.log 2>&1 &
+sql() { mariadb --no-defaults --user=root --socket="$1/mysql.socket" --execute="$2"; }
+until sql "$1" "select 1" >/dev/null 2>&1; do sleep 0.1; done
+sql "$1" "create database slurm; create user slurm@127.0.0.1 identified by 'slurm';
+  grant all on slurm.* to slurm@127.0.0.1"
+slurmdbd -D &
+until sacctmgr --noheader show cluster >/dev/null 2>&1; do sleep 0.1; done
+sacctmgr --immediate add cluster test >/dev/null
+"""
 
 # The outermost process. Its children are the daemons; what nobody waits for becomes its own.
 INIT = """\
@@ -72,6 +112,7 @@ ip addr add 10.0.0.1/24 dev bridge
 ip link set bridge up
 munged --key-file="$1/munge.key" --socket="$1/munge.socket" --pid-file="$1/munged.pid" \\
   --log-file="$1/munged.log" --seed-file="$1/munged.seed" --num-threads=2
+[ ! -e slurmdbd.conf ] || . "$1/books.sh"
 touch ready
 slurmctld -D -f "$1/slurm.conf" &
 while :; do sleep 3600 & wait $!; done
@@ -105,13 +146,16 @@ until (: >"/dev/tcp/10.0.0.1${{2#n}}/6818") 2>/dev/null; do sleep 0.05; done
 """
 
 
-def lacking() -> str | None:
+def lacking(accounts: bool = False) -> str | None:
     """Why no cluster can run here, and what would enable it; None where one can."""
-    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    programs = [*PROGRAMS, *(OF_ACCOUNTS if accounts else ())]
+    missing = [name for name in programs if shutil.which(name, path=PATH) is None]
     if missing:
+        more = " slurmdbd slurm-wlm-mysql-plugin mariadb-server" if accounts else ""
         return (
             f"no {', '.join(missing)} on this machine: as root, `apt-get install "
-            "--no-install-recommends slurm-wlm munge iproute2` (Debian, Ubuntu) enables these tests"
+            f"--no-install-recommends slurm-wlm munge iproute2{more}` (Debian, Ubuntu) enables "
+            "these tests"
         )
     if subprocess.run(["unshare", *SPACES, "true"], capture_output=True).returncode:
         return "namespaces cannot be made: run the tests as root, in a privileged container if any"
@@ -119,10 +163,16 @@ def lacking() -> str | None:
 
 
 class Cluster:
-    """A running cluster; `folder` holds its files and logs."""
+    """A running cluster; `folder` holds its files and logs.
 
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
-        self.folder = folder
+    `accounts`: jobs are kept in a database too. `memory`: for how many seconds the controller
+    knows of a job that has ended.
+    """
+
+    def __init__(
+        self, folder: Path, nodes: int = 2, accounts: bool = False, memory: int = 3600
+    ) -> None:
+        self.folder, self.accounts, self.memory = folder, accounts, memory
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.gone: set[str] = set()  # nodes without power
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
@@ -144,7 +194,7 @@ class Cluster:
                 start_new_session=True,
             )
         try:
-            until(lambda: (folder / "ready").exists(), 20, "munged", self._log)
+            until(lambda: (folder / "ready").exists(), 60, "munged", self._log)
             for name in self.nodes:
                 self.start(name)
             until(lambda: self.idle() == len(self.nodes), 40, "the nodes", self._log)
@@ -167,11 +217,19 @@ class Cluster:
         (self.folder / "gres.conf").write_text(
             f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-3]\n"
         )
-        text = CONF.format(folder=self.folder, nodes=len(self.nodes), accounts=NO_ACCOUNTS)
+        accounts = (ACCOUNTS if self.accounts else NO_ACCOUNTS).format(folder=self.folder)
+        text = CONF.format(
+            folder=self.folder, nodes=len(self.nodes), accounts=accounts, memory=self.memory
+        )
         (self.folder / "slurm.conf").write_text(text)
+        if self.accounts:
+            secret = self.folder / "slurmdbd.conf"
+            secret.touch(mode=0o600)
+            secret.write_text(SLURMDBD.format(folder=self.folder))
+            (self.folder / "books.sh").write_text(BOOKS)
 
     def _log(self) -> str:
-        logs = ("init.log", "slurmctld.log", "munged.log")
+        logs = ("init.log", "slurmctld.log", "munged.log", "slurmdbd.log", "mariadb.log")
         texts = [self.folder / name for name in logs if (self.folder / name).exists()]
         return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in texts)
 
@@ -289,12 +347,12 @@ def until(
 
 
 @contextmanager
-def cluster(nodes: int = 2) -> Iterator[Cluster]:
+def cluster(nodes: int = 2, accounts: bool = False, memory: int = 3600) -> Iterator[Cluster]:
     """A cluster in a folder of its own under /tmp (sockets need short paths)."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     folder.chmod(0o755)
     try:
-        running = Cluster(folder, nodes)
+        running = Cluster(folder, nodes, accounts, memory)
         try:
             yield running
         finally:

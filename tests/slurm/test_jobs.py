@@ -80,7 +80,7 @@ class Launched:
     def hasten(self) -> None:
         """Slurm keeps a job that is queued anew for two minutes; its owner may shorten that."""
         until(lambda: self.job()["JobState"] == "PENDING", 30, "PENDING", self.tell)
-        time.sleep(2)  # what the two minutes are for: the node clears the last run's files away
+        time.sleep(2)  # a node starts no job in the second in which it has ended it
         self.slurm.ask("scontrol", "update", f"jobid={self.state()['job_id']}", "StartTime=now")
 
     def tell(self, stage: str = LEARN) -> str:
