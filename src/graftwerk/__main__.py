@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from graftwerk.errors import Ended, StorageError, UserError, is_storage, one_line
+from graftwerk.errors import Ended, UserError, is_storage, one_line
 
 # Imported when asked for: `score` needs no torch, and a wrong name needs nothing. The learning
 # stages are one, which is told its name.
@@ -92,7 +92,7 @@ def guarded(argv: list[str]) -> int:
     except Ended as end:
         code = int(end.code or FAILED)
     except Exception as error:
-        if isinstance(error, StorageError) or is_storage(error):
+        if is_storage(error):
             print(one_line(error), file=sys.stderr)
         else:
             traceback.print_exc()

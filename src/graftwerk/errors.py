@@ -22,21 +22,47 @@ class Ended(SystemExit):
 
 
 # What a disk, a quota or a server of files may do to a program that is right.
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+STORAGE = tuple(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG", "EACCES", "EPERM")
+    if hasattr(errno, name)
+)
 
 
 @contextmanager
 def storing(path: str | Path) -> Iterator[None]:
-    """Within it an OSError is a `StorageError` about `path`."""
+    """Within it an OSError, also one that a library turned into its own, is a `StorageError`.
+
+    Not so one that names a file of another folder: it was read.
+    """
     try:
         yield
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (UserError, StorageError):
+        raise
+    except Exception as error:
+        cause = _cause(error, Path(path).parent)
+        if cause is None:
+            raise
+        raise StorageError(f"{path} cannot be written: {cause}") from None
+
+
+def _cause(error: BaseException | None, folder: Path) -> str | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            named = error.filename
+            other = isinstance(named, str) and folder not in (Path(named), Path(named).parent)
+            return None if other else error.strerror or str(error)
+        if "(os error " in str(error):  # safetensors, tokenizers: Rust's words
+            return str(error)
+        error = error.__context__
+    return None
 
 
 def is_storage(error: BaseException) -> bool:
     """Whether a disk is at fault: full, read-only, gone."""
-    return isinstance(error, OSError) and error.errno in STORAGE
+    return isinstance(error, StorageError) or (
+        isinstance(error, OSError) and error.errno in STORAGE
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -2,12 +2,12 @@
 
 A file is a zip archive that torch writes: trained weights under global names, optimizer, schedule,
 progress of the loops and the state of callbacks. It is written beside and renamed, so a killed run
-leaves a whole file or none; the archive's checksums tell what a disk has damaged since. Random
-states are no part of it: they follow from seed, step and rank.
+leaves a whole file or none; the archive's checksums tell what a disk has damaged since, and the
+newest but one is kept for that. Random states are no part of it: they follow from seed, step and
+rank.
 """
 
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from graftwerk.errors import UserError
+from graftwerk.errors import UserError, storing
 
-LAST = "last.ckpt"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class DamagedCheckpoint(Exception):
@@ -27,18 +27,29 @@ class DamagedCheckpoint(Exception):
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Writes beside `path`, onto the disk, and renames."""
+    """Writes beside `path`, onto the disk, and renames; a `last.ckpt` becomes `previous.ckpt`.
+
+    The folder's own folder is not made anew: it may have been on a disk that is no longer there.
+
+    Raises:
+        StorageError: where the disk is full, read-only or gone; what was there stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with storing(path):
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.is_dir():  # whatever put it there: it is in the way
+                path.rename(_free(path))
+            elif path.name == LAST and path.exists():
+                os.replace(path, path.with_name(PREVIOUS))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -53,8 +64,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if broken is not None:
             raise DamagedCheckpoint(f"checksum of {broken} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError) as error:
-        raise DamagedCheckpoint(str(error).partition("\n")[0]) from None
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:  # a damaged archive makes zipfile and torch trip over anything
+        words = str(error).partition("\n")[0]
+        raise DamagedCheckpoint(words or type(error).__name__) from None
     if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= set(checkpoint):
         raise DamagedCheckpoint("it is no checkpoint of a training run")
     return checkpoint
@@ -72,7 +86,7 @@ def newest_checkpoint(
     """
     files = sorted(
         (path for path in folder.glob("*.ckpt") if not path.name.startswith(".")),
-        key=lambda path: (path.name.endswith(LAST), path.stat().st_mtime),
+        key=lambda path: (path.name.endswith(LAST), path.lstat().st_mtime),
         reverse=True,
     )
     for path in files:
@@ -92,10 +106,15 @@ def put_aside(folder: Path) -> Path | None:
     """Renames a folder that holds checkpoints to `<name>-<n>`; returns the new path, if any."""
     if not folder.is_dir() or not any(folder.glob("*.ckpt")):
         return None
+    return folder.rename(_free(folder))
+
+
+def _free(path: Path) -> Path:
+    """`<name>-<n>` beside a path, that is not there yet."""
     number = 1
-    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
-    return folder.rename(aside)
+    return aside
 
 
 class CheckpointFiles(CheckpointIO):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from graftwerk.errors import UserError
+from graftwerk.errors import UserError, storing
 
 Row = dict[str, Any]
 
@@ -47,14 +47,15 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row]]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` for writing; when the block succeeds it takes `path`'s name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, "wb") as file:
+                yield file
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

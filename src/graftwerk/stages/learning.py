@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints.base_path import base_of
+from graftwerk.checkpoints.leftovers import remove_leftovers
 from graftwerk.checkpoints.resume import (
     DamagedCheckpoint,
     newest_checkpoint,
@@ -40,6 +41,7 @@ from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
 from graftwerk.training.peers import Peers
+from graftwerk.training.progress import Progress
 from graftwerk.training.result import check_whole, is_nemo, write_result
 from graftwerk.training.stopping import Interrupted
 from graftwerk.training.summary import peak_memory, show
@@ -117,11 +119,16 @@ def train(
     say = print if world.rank == 0 else _silence
     folder = log_folder(cfg)
     steps = Steps.of(cfg.trainer, data.steps_per_epoch)
+    result = Path(str(cfg.model.nemo_path))
+    if world.rank == 0:
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
+        remove_leftovers(result.parent, (result.name,))
     resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
     module, trainer, callbacks = assemble(
-        cfg, learner, data, steps, world, device, folder, resumed, build, mesh
+        stage, cfg, learner, data, steps, world, device, folder, resumed, build, mesh
     )
-    check_room(module, callbacks, folder, Path(str(cfg.model.nemo_path)))
+    check_room(module, callbacks, folder, result)
     if resumed is not None:
         _say_resumed(say, resumed, steps)
     try:
@@ -180,7 +187,7 @@ def check_room(
     A checkpoint has each trained weight and two numbers of the optimizer's beside it.
     """
     weights = sum(parameter.nbytes for parameter in module.trained.values())
-    there = sum(file.stat().st_size for file in (folder / "checkpoints").glob("*.ckpt"))
+    there = sum(file.lstat().st_size for file in (folder / "checkpoints").glob("*.ckpt"))
     check_space(folder, weights + 3 * weights * callbacks.most_files() - there)
     check_space(path, weights)
 
@@ -233,6 +240,7 @@ def find_resume(
 
 
 def assemble(
+    stage: str,
     cfg: DictConfig,
     learner: Learner,
     data: AnswerDataModule,
@@ -251,7 +259,6 @@ def assemble(
     if cfg.model.get("use_fsdp") and mesh is not None:
         fsdp.shard_base(learner.model, mesh, device)
     placement = Placement(learner.model, mesh)
-
     settings = TrainingSettings(
         optim=optim,
         max_steps=steps.total,
@@ -282,7 +289,7 @@ def assemble(
         device=device,
         steps=steps,
         validates=validates,
-        callbacks=callbacks.list(),
+        callbacks=[*callbacks.list(), Progress(folder / "progress.json", stage)],
         loggers=build_loggers(cfg.exp_manager, folder, resumed.step if resumed else 0),
         folder=folder,
     )

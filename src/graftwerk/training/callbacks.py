@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 
+from graftwerk.errors import storing
 from graftwerk.training.module import LearningModule
 from graftwerk.training.peers import any_of
 from graftwerk.training.stopping import Interrupted
@@ -57,12 +58,18 @@ class LastCheckpoint(Checkpoint):
         self.unvalidated = False  # whether the validation of the step that was saved is still due
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.path is not None and trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Lightning's handler of SIGTERM would broadcast from wherever it interrupts a process.
+        trainer._signal_connector.register_signal_handlers = lambda: None
         # Lightning restores the state and runs the loop without asking anyone in between; and it
         # does not run at all where all steps are done.
         loop = trainer.fit_loop
         trainer.fit_loop.run = partial(self._run, trainer, type(loop).run.__get__(loop))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not before the optimizer is there: what is wrong with its keys leaves no folder.
+        if self.path is not None and trainer.is_global_zero:
+            with storing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _run(self, trainer: pl.Trainer, steps: Callable[[], None]) -> None:
         if self.unvalidated:

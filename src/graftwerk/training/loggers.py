@@ -4,6 +4,8 @@ import csv
 import importlib.util
 import io
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from graftwerk.errors import UserError
+from graftwerk.data.jsonl import replacing
+from graftwerk.errors import UserError, storing
 
 COLUMNS: tuple[str, ...] = (
     "step",
@@ -62,10 +65,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        file = self._file = self._file or self._open()
-        row = {"step": step, **metrics}
-        csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
-        file.flush()
+        with storing(self.path):
+            file = self._file = self._file or self._open()
+            row = {"step": step, **metrics}
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
+            file.flush()
 
     def _open(self) -> IO[str]:
         kept = []
@@ -84,9 +88,10 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what could not be flushed has been told of
+                file.close()
 
 
 def _step(row: dict[str, str]) -> float:
@@ -113,8 +118,31 @@ def build_loggers(exp_manager: DictConfig, folder: Path, resumed_at: int) -> lis
     if exp_manager.get("create_wandb_logger"):
         from pytorch_lightning.loggers import WandbLogger
 
-        given: Any = OmegaConf.to_container(
+        given: dict[str, Any] = {"save_dir": str(folder), "resume": "allow"}
+        given["id"] = wandb_run(folder, fresh=not exp_manager.get("resume_if_exists"))
+        own: Any = OmegaConf.to_container(
             exp_manager.get("wandb_logger_kwargs") or OmegaConf.create({}), resolve=True
         )
-        loggers.append(WandbLogger(save_dir=str(folder), **given))
+        loggers.append(WandbLogger(**{**given, **own}))
     return loggers
+
+
+def wandb_run(folder: Path, fresh: bool) -> str | None:
+    """The id of the run's page at Weights & Biases, the same for all that go on in a folder.
+
+    `WANDB_RUN_ID` counts more. Rank zero alone, which talks to the service, makes one and keeps it
+    in `wandb_run`; others get None.
+
+    Args:
+        folder: of the run.
+        fresh: whether a run that starts here is another one than the last.
+    """
+    if rank_zero_only.rank != 0 or os.environ.get("WANDB_RUN_ID"):
+        return os.environ.get("WANDB_RUN_ID")
+    path = folder / "wandb_run"
+    if path.is_file() and not fresh and (known := path.read_text().strip()):
+        return known
+    run = secrets.token_hex(8)
+    with replacing(path) as file:
+        file.write(f"{run}\n".encode())
+    return run

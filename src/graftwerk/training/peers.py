@@ -17,13 +17,13 @@ from _thread import interrupt_main
 from contextlib import suppress
 from datetime import timedelta
 from itertools import count
-from select import select
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from graftwerk.errors import Ended, StorageError, UserError, is_storage, one_line
+from graftwerk.errors import Ended, UserError, is_storage, one_line
 from graftwerk.training.peers_hub import JOINING, LOST_PEER, SILENT, Connection, Hub, lost
 from graftwerk.training.stopping import Interrupted, Stop
 from graftwerk.training.world import World
@@ -106,7 +106,7 @@ class Peers:
         raise Ended(link.code or code) from None
 
     def _words(self, error: BaseException) -> str:
-        if isinstance(error, UserError | StorageError) or is_storage(error):
+        if isinstance(error, UserError) or is_storage(error):
             return one_line(error)
         lines = "".join(traceback.format_exception(error)).rstrip()
         return f"rank {self.world.rank} on {socket.gethostname()} failed:\n{lines}"
@@ -184,11 +184,13 @@ class Link:
             self._send(stop=f"{self.stop.reason} of rank {self.rank}")
 
     def _listen(self) -> None:
+        selector = DefaultSelector()  # select() would know of the first 1024 files alone
+        selector.register(self.connection.raw, EVENT_READ)
         while True:
             self._pass_on()
             if time.monotonic() > self.until:
                 self._end_late()
-            if not select([self.connection.raw], [], [], 0.2)[0]:
+            if not selector.select(0.2):
                 continue
             messages = self.connection.read()
             if messages is None:

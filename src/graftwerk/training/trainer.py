@@ -224,7 +224,7 @@ class CheckpointCallbacks:
     def most_files(self) -> int:
         """Checkpoints that lie on the disk at one time, each while the one it replaces is there."""
         top = 0 if self.top is None else max(self.top.save_top_k, 1) + 1
-        return top + (0 if self.last.path is None else 2)
+        return top + (0 if self.last.path is None else 3)
 
 
 def build_trainer(
