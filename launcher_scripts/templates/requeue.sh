@@ -26,6 +26,10 @@ told() { # TERM, to the stage as well: scancel, the time limit, a preemption, an
   write_state "$failure" "$ending" "\"$(now)\"" # at once: little time is left
 }
 trap told TERM
+heed() { # an end from outside makes srun fail before TERM comes here: ask before one concludes
+  [ -n "$ending" ] || told
+  [ -z "$ending" ] || exit "$ending"
+}
 give_up() { # WHY
   echo "{{ job.stage }}: $1, and this job was queued anew $requeues times, where" \
     "run.max_requeues=$max_requeues: launch it again to go on from its checkpoint" >&2
@@ -58,12 +62,13 @@ step() { # GROUP OPTIONS_OF_SRUN: returns where all processes succeeded
   done
   wait "$pid" || code=$?
   [ "$code" -ne 0 ] || return 0
-  [ -z "$ending" ] || exit "$ending"
+  heed
   case $code in # as `ended` gives them
   75) requeue "checkpointed" ;;
   76 | 254) requeue "a process was killed" ;;
   esac
   if node_lost; then
+    heed
     requeue "a node was lost"
   elif ((code == 253)); then # Slurm's own
     echo "{{ job.stage }}: out of memory" >&2

@@ -414,6 +414,15 @@ def test_an_error_of_its_own_does_not(slurm, tmp_path, code):
     assert asked(slurm) == []
 
 
+@pytest.mark.parametrize("code", [1, 75, 128 + 9])
+def test_a_cancelled_job_is_not_queued_anew_whatever_its_processes_say(slurm, tmp_path, code):
+    """srun may fail of scancel before the script is told."""
+    known = chain.SCONTROL.replace("JobState=RUNNING", "JobState=CANCELLED")
+    chain.program(tmp_path / "bin", "scontrol", known)
+    assert ended(slurm, tmp_path, code)["state"] == "CANCELLED"
+    assert asked(slurm) == []
+
+
 def test_the_rank_that_failed_is_named(slurm, tmp_path):
     ended(slurm, tmp_path, 3)
     (log,) = (tmp_path / "results/tiny" / LEARN).glob("*.err")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,18 @@ def test_scancel_is_no_requeue(submit, slurm):
     assert chained.state()["requeues"] == 0
 
 
+@pytest.mark.long
+def test_scancel_is_no_requeue_at_whatever_moment_it_comes(submit, slurm):
+    """Between the script's first line and the start of its processes too."""
+    for moment in range(24):
+        chained = submit(adapter_learning__behave={"sleeps": 9})
+        until(lambda one=chained: one.job()["JobState"] == "RUNNING", 20, "the job", chained.tell)
+        time.sleep(moment * 0.04)
+        slurm.ask("scancel", chained.state()["job_id"])
+        assert chained.wait_for_end() == "CANCELLED"
+        until(lambda: not slurm.ask("squeue", "--noheader"), 20, "an empty queue", chained.tell)
+
+
 def test_a_killed_rank_is_named_and_the_job_queued_anew(submit, slurm):
     chained = submit(adapter_learning__behave={"sleeps": 1})
     chained.wait_for_ranks(4)
@@ -225,6 +239,36 @@ def test_jobs_of_one_name_run_one_after_the_other(submit, slurm):
     assert slurm.job(second)["JobState"] == "PENDING"
     slurm.ask("scancel", first)
     until(lambda: slurm.job(second)["JobState"] == "RUNNING", 40, "the second", chained.tell)
+
+
+def test_jobs_that_share_their_nodes_meet_at_ports_of_their_own(submit, slurm, tmp_path):
+    """Also where another program sits on the port that a job would try first."""
+    sit = "import os, socket, time; s = socket.socket(); "
+    sit += "s.bind(('', 15001 + int(os.environ['SLURM_JOB_ID']))); s.listen(); time.sleep(600)"
+    wrapped = f"exec {sys.executable} -c {shlex.quote(sit)}"
+    other = slurm.ask(
+        *("sbatch", "--parsable", "--nodelist=n1", "--output=/dev/null", "--wrap", wrapped)
+    ).strip()
+    until(lambda: slurm.job(other)["JobState"] == "RUNNING", 20, "the other program")
+    time.sleep(1)
+    both = [
+        submit(
+            cluster__nodelist="n[1-2]",
+            adapter_learning__behave={"sleeps": 1},
+            adapter_learning__run__name=name,
+            adapter_learning__run__results_dir=str(tmp_path / name),
+        )
+        for name in ("first", "second")
+    ]
+    assert int(both[0].state()["job_id"]) == int(other) + 1
+    for one in both:
+        one.wait_for_ranks(4)
+    met = [[rank["env"] for rank in one.met()] for one in both]
+    assert {env["MASTER_ADDR"] for ranks in met for env in ranks} == {"n1"}
+    ports = [{env["MASTER_PORT"] for env in ranks} for ranks in met]
+    assert [len(of_one) for of_one in ports] == [1, 1]
+    taken = {str(15001 + int(other))}
+    assert len(ports[0] | ports[1] | taken) == 3
 
 
 def test_settings_of_the_cluster_reach_the_job(submit, slurm):
