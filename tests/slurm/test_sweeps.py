@@ -162,7 +162,8 @@ def test_a_killed_point_ends_its_own_chain_and_no_other(sweep, status):
     assert sweep.state(2, "eval")["state"] == "COMPLETED"
 
 
-@pytest.mark.parametrize("seed", [1, 4])  # the last task has the array's own number
+# The last task has the array's own number.
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_a_point_is_queued_anew_alone(sweep, status, seed):
     sweep.behave(**{f"adapter_learning_{other}": "wait" for other in (1, 2, 3, 4)})
     assert sweep.main(f"stages=[data_prep,{A}]", f"{A}.model.seed=1,2,3,4") == 0
