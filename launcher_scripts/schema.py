@@ -397,11 +397,12 @@ class Schedule:
 
 @keys
 class Optim:
-    name: Literal["fused_adam", "adamw", "adam"] = "fused_adam"
+    name: Literal["fused_adam", "adamw", "adam", "sgd"] = "fused_adam"
     lr: Annotated[float, Range(above=0)] = 1e-4
     weight_decay: NonNegative = 0.01
     betas: list[Annotated[float, Range(0, below=1)]] = field(default_factory=lambda: [0.9, 0.98])
     eps: Annotated[float, Range(above=0)] = 1e-8
+    momentum: Annotated[float, Range(0, below=1)] = 0.0
     sched: Schedule = field(default_factory=Schedule)
 
 

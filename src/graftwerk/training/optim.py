@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from graftwerk.errors import UserError
 
 # NeMo's names; apex's FusedAdam decays weights apart from the gradient, as AdamW does.
-OPTIMIZERS = {"fused_adam": AdamW, "adamw": AdamW, "adam": Adam}
-DEFAULTS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.98), "eps": 1e-8}
+OPTIMIZERS = {"fused_adam": AdamW, "adamw": AdamW, "adam": Adam, "sgd": SGD}
+OF_ADAM: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-8}
+OF_SGD: dict[str, Any] = {"momentum": 0.0}
+DEFAULTS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, **OF_ADAM, **OF_SGD}
 
 
 def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -> Optimizer:
@@ -24,7 +26,8 @@ def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -
     stages decay all.)
 
     Args:
-        optim: `name`, `lr`, `betas`, `weight_decay`, `eps`; absent ones take `DEFAULTS`.
+        optim: `name`, `lr`, `weight_decay`, Adam's `betas` and `eps`, SGD's `momentum`; absent ones
+            take `DEFAULTS`.
 
     Raises:
         UserError: an unknown name, unknown keys, values out of range.
@@ -47,22 +50,19 @@ def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": values["weight_decay"]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[name](
-        groups,
-        lr=float(values["lr"]),
-        betas=tuple(values["betas"]),
-        eps=float(values["eps"]),
-        fused=_can_fuse(parameters),
-    )
+    own = {key: values[key] for key in (OF_SGD if name == "sgd" else OF_ADAM)}
+    return OPTIMIZERS[name](groups, lr=float(values["lr"]), fused=_can_fuse(parameters), **own)
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def _check(values: dict[str, Any]) -> None:
     for key in ("lr", "eps"):
         if not values[key] > 0:
             raise UserError(f"model.optim.{key}={values[key]!r} must be above 0")
     if values["weight_decay"] < 0:
         raise UserError(f"model.optim.weight_decay={values['weight_decay']!r} must not be negative")
-    betas = values["betas"]
+    if not 0 <= values["momentum"] < 1:
+        raise UserError(f"model.optim.momentum={values['momentum']!r} must be in [0, 1)")
+    betas = values["betas"] = tuple(values["betas"])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"model.optim.betas={list(betas)!r} must be two numbers in [0, 1)")
 

@@ -42,6 +42,23 @@ def test_adam_adds_its_decay_to_the_gradient(parameters):
     )
 
 
+def test_sgd_by_its_formula(parameters):
+    """Two steps with momentum; the decay of matrices is part of the gradient."""
+    lr, decay, momentum = 0.1, 0.5, 0.9
+    optim = {"name": "sgd", "lr": lr, "weight_decay": decay, "momentum": momentum}
+    optimizer = build_optimizer(optim, parameters)
+    values = [p.detach().clone() for p in parameters]
+    held = [torch.zeros_like(value) for value in values]
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+        for value, buffer in zip(values, held, strict=True):
+            buffer.mul_(momentum).add_(0.3 + (decay * value if value.ndim > 1 else 0.0))
+            value.sub_(lr * buffer)
+    torch.testing.assert_close([p.detach() for p in parameters], values)
+
+
 def test_fused_adam_is_the_fused_kernel(parameters):
     assert build_optimizer({"name": "fused_adam"}, parameters).defaults["fused"] is True
 
@@ -50,13 +67,14 @@ def test_fused_adam_is_the_fused_kernel(parameters):
     ("optim", "message"),
     [
         (
-            {"name": "sgd"},
-            "model.optim.name='sgd' is not known: use one of fused_adam, adamw, adam",
+            {"name": "adagrad"},
+            "model.optim.name='adagrad' is not known: use one of fused_adam, adamw, adam, sgd",
         ),
         ({"lr": 0}, "model.optim.lr=0 must be above 0"),
         ({"betas": [0.9, 1.0]}, "model.optim.betas"),
         ({"weight_decay": -1}, "model.optim.weight_decay=-1"),
-        ({"momentum": 0.9}, "momentum is not known; allowed: name, lr"),
+        ({"momentum": 1.0}, "model.optim.momentum=1.0 must be in"),
+        ({"nesterov": True}, "nesterov is not known; allowed: name, lr"),
     ],
 )
 def test_wrong_optimizers_are_named(optim, message, parameters):
