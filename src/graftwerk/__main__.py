@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from graftwerk.errors import Ended, UserError, is_storage, one_line
 
@@ -34,7 +35,7 @@ COMMANDS = {
     "merge": "graftwerk.checkpoints.merge",
     "inspect": "graftwerk.checkpoints.inspect",
 }
-FAILED, WRONG_INPUT = 1, 2
+FAILED, WRONG_INPUT, REQUEUE = 1, 2, 75
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +53,23 @@ def main(argv: list[str]) -> int:
     if len(rest) != 1 or rest[0] in ("-h", "--help"):
         raise UserError(f"usage: python3 -m graftwerk {name} CONFIG.yaml")
     cfg = read_config(Path(rest[0]))
+    return run_stage(name, cfg)
+
+
+def run_stage(name: str, cfg: Any) -> int:
+    """Runs a stage; stopped by a signal one that keeps no checkpoints leaves with 75 too."""
+    from graftwerk.training.stopping import Interrupted, Stop
+
     stage = importlib.import_module(STAGES[name])
-    return (stage.run(name, cfg) if name in LEARNING else stage.run(cfg)) or 0
+    if name in LEARNING:
+        return stage.run(name, cfg) or 0
+    try:
+        with Stop():
+            return stage.run(cfg) or 0
+    except Interrupted as reason:
+        if first_rank():
+            print(f"stopped by {reason}: start again to repeat it")
+        return REQUEUE
 
 
 def usage() -> str:

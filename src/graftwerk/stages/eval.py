@@ -25,6 +25,7 @@ from graftwerk.adapters.composition import branches, columns, fusions, last, nam
 from graftwerk.checkpoints.adapter import load_adapters, read_adapters
 from graftwerk.checkpoints.adapter_form import AdapterFile, method_of
 from graftwerk.checkpoints.base_path import base_of
+from graftwerk.checkpoints.leftovers import remove_leftovers
 from graftwerk.data.datamodule import data_files, encoders_from_config
 from graftwerk.data.jsonl import read_rows, replacing, write_json
 from graftwerk.errors import UserError
@@ -38,10 +39,13 @@ from graftwerk.parallel.placement import Placement
 from graftwerk.training.base import Base, revision_of
 from graftwerk.training.frozen import add_frozen, check_fusions, columns_of, read_frozen
 from graftwerk.training.goal import check_blocks, check_layers
+from graftwerk.training.peers import Peers
+from graftwerk.training.stopping import Interrupted
 from graftwerk.training.trainer import device_of, precision_of
 from graftwerk.training.world import World
 
 BASE = "base"
+REQUEUE = 75
 # What a learning stage told of an adapter in its `summary.json`, to stand beside the scores.
 LEARNED = ("trainable_parameters", "total_parameters", "steps", "seconds", "file_bytes")
 
@@ -49,11 +53,23 @@ LEARNED = ("trainable_parameters", "total_parameters", "steps", "seconds", "file
 def run(cfg: DictConfig) -> int:
     """Runs the stage on a resolved config (`trainer`, `exp_manager`, `model`).
 
+    Returns the exit code: 0 done, 75 stopped by a signal, of any of its processes, and to be run
+    again. Answers are written when a model has given all of its own, so none are half-written.
+
     Raises:
         UserError: for input that a person can mend, before anything is written.
     """
-    check(cfg)
     world = World.from_environment()
+    try:
+        with Peers(world):
+            return _run(cfg, world)
+    except Interrupted as reason:
+        (print if world.rank == 0 else _silence)(f"stopped by {reason}: start again to repeat it")
+        return REQUEUE
+
+
+def _run(cfg: DictConfig, world: World) -> int:
+    check(cfg)
     world.check(cfg.trainer.get("devices") or 1, cfg.trainer.get("num_nodes") or 1)
     model_cfg, folder = cfg.model, Path(cfg.exp_manager.explicit_log_dir)
     sampling = Sampling.from_keys(model_cfg.inference, model_cfg.seed)
@@ -95,6 +111,7 @@ def run(cfg: DictConfig) -> int:
         if not first:
             return {}
         place = folder / place_of(name)
+        remove_leftovers(place)
         return evaluate(name, file, answers, seconds, answerer, questions, truth, place)
 
     results = [result(BASE, None, model)] if model_cfg.evaluate_base else []
@@ -113,6 +130,7 @@ def run(cfg: DictConfig) -> int:
         "dropped": dict(questions.dropped),
         "results": results,
     }
+    remove_leftovers(folder)
     write_json(folder / "metrics.json", metrics)
     show(results, len(truth), questions)
     return 0

@@ -15,6 +15,7 @@ from graftwerk.checkpoints.adapter_export import FORMS, export_adapters
 from graftwerk.checkpoints.adapter_form import AdapterFile
 from graftwerk.checkpoints.base import load_base, load_tokenizer
 from graftwerk.checkpoints.base_path import base_of
+from graftwerk.checkpoints.leftovers import remove_leftovers
 from graftwerk.checkpoints.merge import held_type
 from graftwerk.checkpoints.shards import check_space
 from graftwerk.checkpoints.write import DTYPES, write_checkpoint
@@ -49,6 +50,7 @@ def run(cfg: DictConfig) -> int:
     """
     check(cfg)
     path, dtype = Path(cfg.output_path), DTYPES[cfg.dtype]
+    remove_leftovers(path.parent, (path.name,))
     base = base_of(cfg.model)
     loaded = load(cfg.model, base, dtype if cfg.merge else None, bool(cfg.merge))
     if cfg.merge:

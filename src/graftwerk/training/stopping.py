@@ -9,8 +9,11 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Interrupted(Exception):
-    """Ends a run that has to stop before its end; the message says why. Its state is saved."""
+class Interrupted(BaseException):
+    """Ends a run that has to stop before its end; the message says why. Its state is saved.
+
+    A signal raises it anywhere: who takes any Exception for a bad file must not take this for one.
+    """
 
 
 class Stop:

@@ -113,6 +113,16 @@ def test_stopped_while_loading_ends_at_once_and_loses_nothing(cfg, monkeypatch, 
     assert not Path(cfg.exp_manager.explicit_log_dir).exists()
 
 
+def test_a_signal_while_the_base_is_read_is_no_damaged_file(cfg, monkeypatch, capsys):
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__init__", signalled)
+    assert learning.run("adapter_learning", cfg) == 75
+    assert capsys.readouterr().out == "stopped by SIGTERM before the first step\n"
+
+
 def test_stopped_while_the_result_is_written_finishes(cfg, monkeypatch):
     whole = learning.write_result
 
