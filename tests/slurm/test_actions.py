@@ -29,10 +29,9 @@ print(f"{stage} done", flush=True)
 """
 
 
-WITHOUT = pytest.mark.parametrize("slurm", [False], ids=["no-accounts"], indirect=True)
-WITH_AND_WITHOUT = pytest.mark.parametrize(
-    "slurm", [False, True], ids=["no-accounts", "accounts"], indirect=True
-)
+NONE = pytest.param(False, id="no-accounts")
+KEPT = pytest.param(True, id="accounts")
+KEPT_LONG = pytest.param(True, id="accounts", marks=pytest.mark.long)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def rows(table: str) -> dict[str, list[str]]:
     return {line[0]: line[1:] for line in cells if line and line[0] in (PREP, LEARN, EVAL)}
 
 
-@WITH_AND_WITHOUT
+@pytest.mark.parametrize("slurm", [NONE, KEPT_LONG], indirect=True)
 def test_status_logs_cancel_and_resume_of_a_chain(launched, call, slurm):
     table = rows(call("action=status")[1])
     jobs = [launched.state(stage)["job_id"] for stage in (PREP, LEARN, EVAL)]
@@ -150,7 +149,7 @@ def test_status_logs_cancel_and_resume_of_a_chain(launched, call, slurm):
 
 
 @pytest.mark.long
-@WITHOUT
+@pytest.mark.parametrize("slurm", [NONE], indirect=True)
 def test_status_and_logs_are_watched_until_all_has_ended(launched, call):
     command = [sys.executable, str(ROOT / "main.py"), "watch=True", *launched.words]
     watching = [
@@ -166,7 +165,7 @@ def test_status_and_logs_are_watched_until_all_has_ended(launched, call):
     assert logs == f"{LEARN} began\n{LEARN} done\n"
 
 
-@WITHOUT
+@pytest.mark.parametrize("slurm", [NONE], indirect=True)
 def test_no_second_launch_joins_a_job_that_is_queued_or_runs(launched, call):
     running, queued = (launched.state(stage)["job_id"] for stage in (LEARN, EVAL))
     for own in ("singleton", "null"):
@@ -180,7 +179,7 @@ def test_no_second_launch_joins_a_job_that_is_queued_or_runs(launched, call):
     assert call()[0] == 0  # over, and launched again
 
 
-@WITH_AND_WITHOUT
+@pytest.mark.parametrize("slurm", [NONE, KEPT], indirect=True)
 def test_an_end_that_no_script_could_write_is_told_by_the_accounts(launched, call, slurm):
     """The script is killed; a controller that has forgotten the job leaves nothing else."""
     job = launched.state(LEARN)["job_id"]

@@ -144,6 +144,7 @@ def test_a_signal_queues_a_job_anew_in_the_same_folder_and_log(submit, slurm):
     assert chained.state()["submitted"] < chained.state()["started"]
 
 
+@pytest.mark.long
 def test_after_the_last_requeue_the_job_fails_with_a_clear_line(submit, slurm):
     changes = {"adapter_learning__run__max_requeues": 1, "adapter_learning__behave": {"sleeps": 9}}
     chained = submit(LEARN, EVAL, **changes)
