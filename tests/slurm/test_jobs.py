@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from launcher_scripts.main import main
 from launcher_scripts.pipeline import launch
 from tests.launcher_scripts import chain
 from tests.slurm.cluster import Cluster, until
@@ -37,6 +38,7 @@ codes = behave.get("exit", {})
 if rank in codes:
     while not Path(path).with_name(behave.get("file", "met-0-0.json")).exists():
         time.sleep(0.1)
+    print("ValueError: no rows are left", file=sys.stderr)
     sys.exit(codes[rank])
 if run < behave.get("sleeps", 0) or codes:
     time.sleep(600)
@@ -119,12 +121,17 @@ def test_a_chain_runs_in_order_one_task_for_each_device(submit):
     assert len({env["MASTER_PORT"] for env in ranks}) == 1
 
 
-def test_after_a_failed_stage_the_next_never_starts(submit):
-    chained = submit(PREP, LEARN, EVAL, adapter_learning__behave={"exit": {"2": 2}})
+def test_after_a_failed_stage_the_next_never_starts_and_status_says_why(submit, tmp_path, capsys):
+    chained = submit(PREP, LEARN, EVAL, adapter_learning__behave={"exit": {"2": 1}})
     assert chained.wait_for_end(EVAL) == "CANCELLED"
     state = chained.state()
-    assert (state["state"], state["exit_code"], state["requeues"]) == ("FAILED", 2, 0)
-    assert re.search("rank 2 on n2: failed with exit code 2", chained.log(kind="err"))
+    assert (state["state"], state["exit_code"], state["requeues"]) == ("FAILED", 1, 0)
+    assert re.search("rank 2 on n2: failed with exit code 1", chained.log(kind="err"))
+    capsys.readouterr()
+    assert main(["action=status", f"results={tmp_path}/results"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(f"{LEARN} +FAILED .* exit code 1: ValueError: no rows are left", table)
+    assert re.search(f"{EVAL} +CANCELLED .* {LEARN} is FAILED", table)
     assert chained.met(stage=EVAL) == []
 
 
