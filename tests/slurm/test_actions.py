@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -152,14 +151,17 @@ def test_status_logs_cancel_and_resume_of_a_chain(launched, call, slurm):
 @pytest.mark.parametrize("slurm", [NONE], indirect=True)
 def test_status_and_logs_are_watched_until_all_has_ended(launched, call):
     command = [sys.executable, str(ROOT / "main.py"), "watch=True", *launched.words]
-    watching = [
-        subprocess.Popen([*command, action], stdout=subprocess.PIPE, text=True)
-        for action in ("action=status", "action=logs")
-    ]
-    time.sleep(6)
+    watching, said = [], []
+    for action in ("status", "logs"):
+        said.append(launched.root / f"{action}.txt")
+        with open(said[-1], "w") as out:
+            watching.append(subprocess.Popen([*command, f"action={action}"], stdout=out))
+    until(lambda: said[1].read_text() == f"{LEARN} began\n", 90, "the log", launched.tell)
     assert [process.poll() for process in watching] == [None, None]
     launched.enough()
-    status, logs = (process.communicate(timeout=90)[0] for process in watching)
+    for process in watching:
+        process.wait(90)
+    status, logs = (path.read_text() for path in said)
     assert [process.returncode for process in watching] == [0, 0]
     assert {cells[0] for cells in rows(status).values()} == {"COMPLETED"}
     assert logs == f"{LEARN} began\n{LEARN} done\n"
