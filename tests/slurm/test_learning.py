@@ -15,7 +15,8 @@ import torch
 from graftwerk.checkpoints import read_adapters
 from tests.slurm.cluster import Cluster, until
 
-pytestmark = pytest.mark.long  # a minute for the chain alone, most of it imports
+# Most of it is imports, which take a minute and more where the machine is busy.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -114,7 +115,7 @@ def whole(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """The chain from nothing to scores, on the cluster."""
     folder = Folder(slurm, tmp_path_factory.mktemp("whole"))
     folder.main("stages=[data_prep,training,adapter_learning,eval]")
-    folder.wait("eval", 300)
+    folder.wait("eval", 600)
     return folder
 
 
@@ -177,7 +178,7 @@ def test_a_time_limit_that_hits_twice_changes_nothing(whole, tmp_path):
     job, change = stopped.state("adapter_learning")["job_id"], ("scontrol", "update")
     reached = 0
     for times in (1, 2):
-        until(lambda least=reached + 20: stopped.step() > least, 120, "steps", stopped.tell)
+        until(lambda least=reached + 20: stopped.step() > least, 300, "steps", stopped.tell)
         stopped.slurm.ask(*change, f"jobid={job}", "EndTime=now+100")
         stopped.requeued(times, 120)
         reached = stopped.step()
@@ -194,15 +195,15 @@ def test_a_crash_of_a_node_changes_nothing(whole, tmp_path):
     stopped = again(whole, tmp_path, wait=0.5)
     job = stopped.state("adapter_learning")["job_id"]
     last = stopped.stage("adapter_learning") / "results/checkpoints"
-    until(lambda: list(last.glob("*.ckpt")), 90, "a checkpoint", stopped.tell)
+    until(lambda: list(last.glob("*.ckpt")), 240, "a checkpoint", stopped.tell)
     stopped.slurm.crash("n2")
     file = stopped.stage("adapter_learning") / "state.json"
-    until(lambda: "REQUEUED" in file.read_text(), 180, "a requeue", stopped.tell)
+    until(lambda: "REQUEUED" in file.read_text(), 300, "a requeue", stopped.tell)
     assert re.search(r"ranks? 2\b.*\b3\b.* n2", stopped.tell())  # what was lost is named
     time.sleep(3)  # a node starts no job in the second in which it has ended it
     stopped.slurm.ask("scontrol", "update", "nodename=n2", "state=down", "reason=crashed")
     time.sleep(3)
     stopped.slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
-    stopped.wait("adapter_learning", 180)
+    stopped.wait("adapter_learning", 400)
     assert "going on from step" in stopped.tell()
     assert_same(stopped, whole)
