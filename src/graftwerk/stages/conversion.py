@@ -22,6 +22,7 @@ from graftwerk.checkpoints.base import (
     replace_path,
 )
 from graftwerk.checkpoints.inspect import Report, faults, inspect, shapes_of, show
+from graftwerk.checkpoints.leftovers import remove_leftovers
 from graftwerk.checkpoints.shards import check_space
 from graftwerk.checkpoints.tensors import read_parameter, refuse
 from graftwerk.checkpoints.write import DTYPES, FORMATS, write_checkpoint
@@ -52,7 +53,8 @@ def run(cfg: DictConfig) -> int:
         tokenizer = tokenizer_of(source, model)
         check_space(target, int(SPARE * size_of(source, DTYPES[model.dtype])))
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f".{os.getpid()}.{target.name}")
+        remove_leftovers(target.parent, (target.name,))
+        fresh = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             with progress_bar(target.name, len(source.table)) as advance:
                 write(source, model, fresh, tokenizer, advance)
