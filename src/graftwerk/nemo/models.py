@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from graftwerk.adapters import SelectiveConfig, Stack
 from graftwerk.adapters.configs import schemes
-from graftwerk.checkpoints import load_base
 from graftwerk.checkpoints.base import open_checkpoint
 from graftwerk.errors import UserError
 from graftwerk.models import GPT, T5, TransformerConfig
@@ -25,6 +24,7 @@ from graftwerk.nemo.peft_config import PEFTConfig, QLoraPEFTConfig
 from graftwerk.nemo.predictions import Question, predict, questions_of, sampling_of
 from graftwerk.nemo.trainer_builder import MegatronTrainer
 from graftwerk.nemo.wanted_adapters import load_wanted
+from graftwerk.parallel.placement import Placement
 from graftwerk.training.base import Base, revision_of
 from graftwerk.training.goal import check_selection
 from graftwerk.training.learner import Learner
@@ -44,6 +44,8 @@ class MegatronSFTModel(pl.LightningModule):
         self.tokenizer = base.tokenizer()
         self.precision = precision_of(trainer.config.trainer)
         self.quantize = "nf4" if "qlora" in schemes(cfg.get("peft") or {}) else None
+        self.mesh = trainer.world.mesh(cfg, trainer.run_device)
+        self.laid_out = False  # the stages of a pipeline have parted
         self.model = self._load(self.precision, trainer.run_device)
         self.model.requires_grad_(True)
 
@@ -125,8 +127,7 @@ class MegatronSFTModel(pl.LightningModule):
         return config
 
     def _load(self, dtype: torch.dtype, device: torch.device) -> GPT | T5:
-        base = self.base
-        model = load_base(base.path, dtype, device, revision=base.revision, quantize=self.quantize)
+        model = self.base.load(dtype, device, quantize=self.quantize, mesh=self.mesh)
         assert isinstance(model, GPT | T5)
         return model
 
@@ -139,6 +140,7 @@ class MegatronSFTModel(pl.LightningModule):
             UserError: where the model has such an adapter already, for layers that it does not
                 have, and for QLoRA on a base that is not held in 4 bits.
         """
+        self._check_open()
         configs = [peft_cfgs] if isinstance(peft_cfgs, PEFTConfig) else list(peft_cfgs)
         if not self.quantize and any(isinstance(config, QLoraPEFTConfig) for config in configs):
             raise UserError(
@@ -170,10 +172,18 @@ class MegatronSFTModel(pl.LightningModule):
         Raises:
             UserError: where the file does not hold them, or they do not fit the model.
         """
+        self._check_open()
         if isinstance(peft_cfgs, PEFTConfig | str):
             peft_cfgs = [peft_cfgs]
         load_wanted(self.model, filepath, peft_cfgs)
         self._activate()
+
+    def _check_open(self) -> None:
+        if self.laid_out:
+            raise UserError(
+                "the model lies on the stages of a pipeline since it predicted: restore it anew "
+                "and add all adapters before trainer.predict"
+            )
 
     def _activate(self) -> None:
         names = list(self.model.adapters)
@@ -194,6 +204,20 @@ class MegatronSFTModel(pl.LightningModule):
         own_copies = any(isinstance(m, SelectiveConfig) for m in self.model.adapters.values())
         autocast = self.precision == torch.bfloat16 and (not names or own_copies)
         return Learner(self.model, self.tokenizer, names, self.base.path, autocast)
+
+    def restore_result(self, path: str) -> None:
+        """The model anew, of what a run over several devices has written: to be run again.
+
+        What one process wrote are whole tensors; the shares of each come from there.
+        """
+        adapters = list(self.model.adapters)
+        kept, device = self.base, self.model.device
+        self.base = kept if adapters else Base.open(path)
+        self.model = self._load(self.precision, device)
+        self.base = kept
+        if adapters:
+            load_wanted(self.model, path, adapters)
+            self._activate()
 
     def _in_float32(self) -> None:
         """Reads the base anew where it was held in another type: it will be trained itself."""
@@ -220,14 +244,23 @@ class MegatronSFTModel(pl.LightningModule):
     # ---- prediction
 
     def predict_dataloader(self) -> DataLoader:
-        """The prompts of `data.test_ds`, `micro_batch_size` at a time; a process has its share."""
+        """The prompts of `data.test_ds`, `micro_batch_size` at a time; a replica has its share."""
         questions = questions_of(
             self.cfg, self.tokenizer, self.base.config, self.model.virtual_tokens
         )
-        own = questions[self.trainer.global_rank :: self.trainer.world_size]
+        own = questions[self.mesh.data.rank :: self.mesh.data.size]
         size = self.cfg.micro_batch_size
         batches = [own[start : start + size] for start in range(0, len(own), size)]
         return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def on_predict_start(self) -> None:
+        if self.mesh.pipeline.size > 1 and not self.laid_out:
+            Placement(self.model, self.mesh)
+            self.laid_out = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # The layers of other stages are nowhere, and the Trainer moves what is on its device.
+        return self if self.mesh.pipeline.size > 1 else super()._apply(fn, recurse)
 
     def transfer_batch_to_device(
         self, batch: list[Question], device: torch.device, dataloader_idx: int

@@ -69,6 +69,8 @@ class MegatronTrainer(pl.Trainer):
         except Interrupted:  # before the first step
             code = learning.REQUEUE
         self.strategy.barrier()  # the result is there for every process
+        if model.mesh.model_parallel and code == learning.DONE:
+            model.restore_result(self.result)
         model.eval()
         if code != learning.DONE:
             raise SystemExit(code)
@@ -82,14 +84,15 @@ class MegatronTrainer(pl.Trainer):
         cfg = OmegaConf.merge(self.config, {"model": model.cfg})
         assert isinstance(cfg, DictConfig)
         name = self.config.exp_manager.name
-        cfg.model.nemo_path = result_path(cfg.model, folder, name, adapters=bool(names))
+        self.result = result_path(cfg.model, folder, name, adapters=bool(names))
+        cfg.model.nemo_path = self.result
         if not names:
             check_whole(model.base.config, model.tokenizer, Path(cfg.model.nemo_path))
         data = AnswerDataModule(
             cfg.model,
             model.tokenizer,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=model.mesh.data.rank,
+            world_size=model.mesh.data.size,
             seed=cfg.model.seed,
             accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
             shape=model.base.config,
@@ -99,9 +102,8 @@ class MegatronTrainer(pl.Trainer):
             for key, report in data.report.items():
                 print(f"{key}: {report}", flush=True)
         stage = STAGE if names else "fine_tuning"
-        return learning.train(
-            stage, cfg, model.learner(), data, self.world, self.run_device, self._prepared
-        )
+        placed = self.world, self.run_device, self._prepared, model.mesh
+        return learning.train(stage, cfg, model.learner(), data, *placed)
 
     def _prepared(
         self,

@@ -6,11 +6,13 @@ takes shares; Lightning's own way would keep one stage's.
 
 from typing import Any, Protocol
 
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
+from torch import nn
 from torch.optim import Optimizer
 
 
@@ -66,5 +68,13 @@ class ManyDevices(WholeStates, DDPStrategy):
     def set_world_ranks(self) -> None:
         rank_zero_only.rank = self.rank  # type: ignore[attr-defined]
 
-    def configure_ddp(self) -> None:
-        """Nothing to wrap."""
+    def setup(self, trainer: pl.Trainer) -> None:
+        """As for one device: there is nothing to wrap.
+
+        DDP's own would overwrite all weights with the first process's wherever it does not fit.
+        """
+        self.model_to_device()
+        Strategy.setup(self, trainer)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return model

@@ -111,7 +111,7 @@ def test_nemos_own_file_is_read() -> None:
     assert read.model.data.validation_ds.prompt_template == "{input} {output}"
     assert "test_ds" not in read.model.data
     assert read.trainer.max_steps == 20000
-    assert "sequence_parallel" not in read.model
+    assert "fsdp" not in read.model
 
 
 def test_every_method_reads_its_block_of_nemos_file() -> None:
@@ -150,8 +150,8 @@ def test_the_section_inference_may_stand_at_the_top() -> None:
         ("trainer__max_step", 5, "did you mean trainer.max_steps"),
         ("models", {}, "did you mean model?"),
         ("model__peft__lora", {}, "model.peft.lora is not known"),
-        ("model__sequence_parallel", True, "set it to False, or leave it out"),
-        ("model__tensor_model_parallel_size", 2, "set it to 1, or leave it out"),
+        ("model__fsdp", True, "set it to False, or leave it out"),
+        ("model__tensor_model_parallel_size", 0, "must be a whole number, at least 1"),
         ("model__hidden_dropout", 0.1, "model.hidden_dropout=0.1 is not carried out here"),
         ("exp_manager__create_early_stopping_callback", True, "set it to False"),
         ("model__data__validation_ds__metric__name", "rouge", "set it to loss"),
