@@ -183,7 +183,7 @@ def test_switched_off_after_training_the_adapter_leaves_exactly_the_base(cfg, ba
         ("model.global_batch_size", 5, "global_batch_size 5 must be a multiple of micro_batch"),
         ("model.nemo_path", None, "model.nemo_path is missing"),
         ("model.adapter_tuning.type", "houlsby", "model.adapter_tuning.type='houlsby'"),
-        ("model.optim.name", "sgd", "model.optim.name='sgd'"),
+        ("model.optim.name", "rmsprop", "model.optim.name='rmsprop'"),
         ("exp_manager.explicit_log_dir", None, "explicit_log_dir or exp_manager.exp_dir"),
         ("exp_manager.max_time_per_run", "1h", "exp_manager.max_time_per_run='1h' is no time"),
     ],
