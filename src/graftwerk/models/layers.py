@@ -116,10 +116,14 @@ class Context:
             texts = torch.zeros(1, tokens, dtype=torch.int64, device=self.positions.device)
         before, behind = neighbours(texts)
         ahead = max(columns - tokens, 0)
-        return (
-            F.pad(before, (ahead, 0), value=FAR)[:, -columns:],
-            F.pad(behind, (ahead, 0), value=FAR)[:, -columns:],
-        )
+        before = F.pad(before, (ahead, 0), value=FAR)[:, -columns:]
+        behind = F.pad(behind, (ahead, 0), value=FAR)[:, -columns:]
+        if self.documents is None and self.end is not None and self.mask is not None:
+            # In a tree a text's tokens do not stand together: those before one are what it sees.
+            virtual = self.mask.shape[3] - columns - self.flow.offset
+            depth = self.mask[:, 0].sum(-1) - 1 - virtual
+            before = depth.masked_fill(depth < 0, FAR)
+        return before, behind
 
 
 def widened(flow: Flow, n: int) -> Flow:
