@@ -1,5 +1,6 @@
 """How a stage's model and batches lie on its devices: sizes that fit, before anything is queued."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -89,6 +90,9 @@ def _batches(layout: _Layout, report: Report) -> None:
     total, micro = (layout.model.get(f"{kind}_batch_size") for kind in ("global", "micro"))
     if not (isinstance(total, int) and isinstance(micro, int)) or min(total, micro) < 1:
         return
+    data = layout.model.get("data")
+    if isinstance(data, Mapping) and data.get("packed_sequence_size"):
+        return  # how many micro-batches rows come to is not known from their number
     unit = micro * layout.copies
     if total % unit:
         near = [n for n in (total // unit * unit, (total // unit + 1) * unit) if n]

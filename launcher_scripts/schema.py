@@ -373,6 +373,8 @@ class Data(RowFormat):
     add_eos: bool = True
     shuffle: bool = True
     drop_last: bool = False
+    packed_sequence_size: Positive | None = None
+    share_prefixes: Literal["auto"] | bool = "auto"
     num_workers: Count = 0
     pin_memory: bool = False
 

@@ -211,6 +211,12 @@ def test_sizes_that_do_not_divide_are_named(command, words, said):
     refused(command(LEARN, *(f"{A}.model.{word}" for word in words)), said)
 
 
+@pytest.mark.parametrize(("word", "code"), [("auto", 0), ("true", 0), ("sometimes", 2)])
+def test_a_packed_step_may_have_any_number_of_rows(command, word, code):
+    words = ["global_batch_size=60", "data.packed_sequence_size=512", f"data.share_prefixes={word}"]
+    assert command(LEARN, *(f"{A}.model.{each}" for each in words)).code == code
+
+
 def test_batches_count_the_copies_of_the_model(command):
     words = [f"{A}.model.tensor_model_parallel_size=2", f"{A}.model.micro_batch_size=16"]
     assert command(LEARN, *words).code == 0

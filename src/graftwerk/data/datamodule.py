@@ -1,18 +1,26 @@
 """The files of a learning stage as the steps of its training and validation loops."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from graftwerk.adapters.masks import chances
-from graftwerk.data.dataset import AnswerDataset, Batch, collate
-from graftwerk.data.encoding import Example, RowReport, padding_token
-from graftwerk.data.sampler import MicroBatches, Mixture, StepSampler
+from graftwerk.adapters.model import AdapterModel
+from graftwerk.adapters.packing import bound_to_rows, bound_to_texts
+from graftwerk.data.dataset import AnswerDataset
+from graftwerk.data.encoding import RowReport, padding_token
+from graftwerk.data.micro_batches import MicroBatches, PackedBatches, PaddedBatches
+from graftwerk.data.packed_sizes import SHARE, SIZE, Packing
+from graftwerk.data.packing_report import PackingReport
+from graftwerk.data.sampler import Mixture, StepSampler
 from graftwerk.data.sources import Source, data_files, settings_of, sources_of
 from graftwerk.data.tasks import encoders_from_config, longest_row
+from graftwerk.data.trees import Groups, SortedRows
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 
@@ -44,6 +52,7 @@ class AnswerDataModule(LightningDataModule):
         shape: of the model that reads the rows: its family decides what becomes of them. None: a
             GPT of unknown size, as for a model that is made after its data.
         virtual_tokens: that the run's adapters put before each row (`model.virtual_tokens`).
+        static: packed micro-batches have one shape, as compiled kernels like it.
 
     Raises:
         UserError: for data, tokenizer and lengths that do not fit each other or the model.
@@ -61,6 +70,7 @@ class AnswerDataModule(LightningDataModule):
         pad_multiple: int = 1,
         shape: TransformerConfig | None = None,
         virtual_tokens: int = 0,
+        static: bool = False,
     ) -> None:
         super().__init__()
         self.cfg = model_cfg
@@ -70,7 +80,13 @@ class AnswerDataModule(LightningDataModule):
         self.step_rows = model_cfg.global_batch_size * accumulate
         self.pad_multiple = pad_multiple
         self.pad = padding_token(tokenizer)
-        check_batch_sizes(model_cfg.global_batch_size, model_cfg.micro_batch_size, world_size)
+        self.static = static
+        self.family = "gpt" if shape is None else shape.architecture
+        self.packing = Packing.of(model_cfg.data, shape)
+        self.shares = False  # rows that begin alike are computed once, where `arrange` allows it
+        self.packing_report: PackingReport | None = None
+        sizes = model_cfg.global_batch_size, model_cfg.micro_batch_size, world_size
+        check_batch_sizes(*sizes, packed=self.packing is not None)
         self._keys = {key: settings_of(model_cfg, key) for key in ("train_ds", "validation_ds")}
 
         def read(key: str, sources: list[Source], trainable: bool) -> AnswerDataset:
@@ -89,12 +105,12 @@ class AnswerDataModule(LightningDataModule):
         # `split: {val: 0}` leaves an empty validation file: nothing to validate on, no mistake.
         self.val_sources = [s for s in map(_with_rows, sources_of(model_cfg, "validation_ds")) if s]
         self.val_set = read("validation_ds", self.val_sources, False)
-        self.sampler = self._sampler(
-            self.train_set,
-            shuffle=self._keys["train_ds"].get("shuffle", True),
-            drop_last=self._keys["train_ds"].get("drop_last", False),
-            weights=[source.weight for source in self.train_sources],
-        )
+        if self.packing is not None:
+            self._room = {
+                "train_ds": self.packing.room(self.train_set, "train_ds"),
+                "validation_ds": self.packing.room(self.val_set, "validation_ds"),
+            }
+        self.sampler = self._train_sampler()
         if not len(self.sampler):
             raise UserError(
                 f"model.data.drop_last is True and {len(self.train_set)} rows are fewer than one "
@@ -116,6 +132,11 @@ class AnswerDataModule(LightningDataModule):
         """Optimizer steps of a whole epoch."""
         return len(self.sampler)
 
+    @property
+    def groups(self) -> int:
+        """What shuffling moves: so many groups of rows; 0: rows one by one."""
+        return self.sampler.group_count
+
     def set_consumed(self, samples: int) -> None:
         """Go on after `samples` rows of training, counted over all epochs and ranks.
 
@@ -127,19 +148,50 @@ class AnswerDataModule(LightningDataModule):
         """Rows of training that `steps` optimizer steps from the very start use, over all ranks."""
         return self.sampler.samples_after(steps)
 
+    def arrange(self, model: AdapterModel) -> list[str]:
+        """Settles, before training, what packing has to know of the model; lines for the log.
+
+        Raises:
+            UserError: where packed or shared tokens would change what its adapters do.
+        """
+        if self.packing is None:
+            return []
+        if reason := bound_to_rows(model):
+            raise UserError(f"{SIZE}={self.packing.size}: {reason}: set it to null")
+        lines, reason = [], bound_to_texts(model)
+        if reason and self.packing.share is True:
+            raise UserError(f"{SHARE}=True: {reason}: set it to auto or false")
+        if reason and self.packing.share == "auto":
+            lines = [f"packing: rows that begin alike are computed apart: {reason}"]
+        self.shares = bool(self.packing.share) and not reason
+        groups = self._groups() if self.shares else []
+        self.sampler = self._train_sampler(groups)
+        self.packing_report = self._packing_report(groups)
+        return [*lines, *self.packing_report.lines(self.packing.size)]
+
+    def _packing_report(self, groups: list[Groups]) -> PackingReport:
+        batches = self._micro_batches("train_ds", self.train_set)
+        assert isinstance(batches, PackedBatches)
+        found, counted = [], 0
+        for part in groups:
+            found.append(part.of_rows + counted)
+            counted += len(part)
+        trees = np.concatenate(found) if groups else np.arange(len(self.train_set))
+        return PackingReport.of(batches, self.sampler, trees)
+
     def train_dataloader(self) -> DataLoader:
         return self._loader("train_ds", self.train_set, self.sampler)
 
     def val_dataloader(self) -> DataLoader | list:
         if not len(self.val_set):
             return []
-        sampler = self._sampler(self.val_set, shuffle=False, drop_last=False, weights=[])
+        sampler = StepSampler(len(self.val_set), self.step_rows, shuffle=False)
         return self._loader("validation_ds", self.val_set, sampler)
 
-    def _sampler(
-        self, rows: AnswerDataset, shuffle: bool, drop_last: bool, weights: list[float | None]
-    ) -> StepSampler:
-        given = [weight for weight in weights if weight is not None]
+    def _train_sampler(self, groups: Sequence[Groups] = ()) -> StepSampler:
+        """`groups`: what shuffling keeps together, of each source where they are mixed."""
+        rows, keys = self.train_set, self._keys["train_ds"]
+        given = self._weights
         for source, size in zip(self.train_sources, rows.sizes, strict=True) if given else ():
             if source.weight and not size:
                 raise UserError(
@@ -149,21 +201,49 @@ class AnswerDataModule(LightningDataModule):
         return StepSampler(
             rows=len(rows),
             step_rows=self.step_rows,
-            micro_batch_size=self.cfg.micro_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
             seed=self.seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            mixture=Mixture(rows.sizes, given) if given else None,
+            shuffle=keys.get("shuffle", True),
+            drop_last=keys.get("drop_last", False),
+            mixture=Mixture(rows.sizes, given, groups or None) if given else None,
+            groups=groups[0] if groups and not given else None,
         )
+
+    @property
+    def _weights(self) -> list[float]:
+        """The shares of the sources; none where each row comes once."""
+        return [source.weight for source in self.train_sources if source.weight is not None]
+
+    def _groups(self) -> list[Groups]:
+        """Training rows that begin alike: of each source, or of all where they are not mixed."""
+        rows, size = self.train_set, self._room["train_ds"][0]
+        sizes = rows.sizes if self._weights else [len(rows)]
+        runs = pairwise(accumulate(sizes, initial=0))
+        return [
+            Groups.of(SortedRows.of([rows.arrays(n).tokens for n in range(*run)]), size)
+            for run in runs
+        ]
+
+    def _micro_batches(self, key: str, rows: AnswerDataset) -> MicroBatches:
+        trains = key == "train_ds"
+        common: dict[str, Any] = {
+            "rows": rows,
+            "pad": self.pad,
+            "multiple": self.pad_multiple,
+            "micro_batch_size": self.cfg.micro_batch_size,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "seed": self.seed if trains else None,
+            "named": not trains and len(self.val_sources) > 1,
+        }
+        if self.packing is None:
+            return PaddedBatches(**common)
+        how = {"share": self.shares, "static": self.static, "family": self.family}
+        return PackedBatches(**common, room=self._room[key], **how)
 
     def _loader(self, key: str, rows: AnswerDataset, sampler: StepSampler) -> DataLoader:
         workers = self._keys[key].get("num_workers", 0)
-        named = key == "validation_ds" and len(self.val_sources) > 1
-        seed = self.seed if key == "train_ds" else None
         return DataLoader(
-            _Steps(rows, self.pad, self.pad_multiple, rows.filler, named, seed),
+            self._micro_batches(key, rows),
             # Not as `batch_sampler`: that one fetches each index apart. A step is one item.
             sampler=sampler,
             batch_size=None,
@@ -171,40 +251,6 @@ class AnswerDataModule(LightningDataModule):
             pin_memory=self._keys[key].get("pin_memory", False) and torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )
-
-
-class _Steps(torch.utils.data.Dataset[list[Batch]]):
-    """The micro-batches of a step, by their row numbers.
-
-    `named`: with the sources of labels; `seed`: with what dropout draws from.
-    """
-
-    def __init__(
-        self,
-        rows: AnswerDataset,
-        pad: int,
-        multiple: int,
-        filler: Example,
-        named: bool,
-        seed: int | None,
-    ) -> None:
-        self.rows, self.pad, self.multiple, self.filler = rows, pad, multiple, filler
-        self.named, self.seed = named, seed
-
-    def __getitem__(self, step: MicroBatches) -> list[Batch]:
-        batches, first = [self._batch(micro_batch) for micro_batch in step], step.first
-        if self.seed is None:
-            return batches
-        for batch in batches:
-            count = len(batch.tokens)
-            batch.chance = chances(self.seed, range(first, first + count))
-            first += count
-        return batches
-
-    def _batch(self, numbers: list[int]) -> Batch:
-        examples = [self.rows[number] for number in numbers]
-        origins = [self.rows.source_of(number) for number in numbers] if self.named else None
-        return collate(examples, self.pad, self.multiple, self.filler, origins)
 
 
 def _check_lengths(rows: AnswerDataset, key: str, shape: TransformerConfig, virtual: int) -> None:
@@ -216,11 +262,16 @@ def _check_lengths(rows: AnswerDataset, key: str, shape: TransformerConfig, virt
         )
 
 
-def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Refuse a global batch that the ranks' micro-batches do not divide."""
+def check_batch_sizes(
+    global_batch_size: int, micro_batch_size: int, world_size: int, packed: bool = False
+) -> None:
+    """Refuse a global batch that the ranks' micro-batches do not divide.
+
+    `packed`: how many micro-batches its rows come to is not known from their number.
+    """
     if global_batch_size < 1 or micro_batch_size < 1:
         raise UserError("model.global_batch_size and model.micro_batch_size must be at least 1")
-    if global_batch_size % (micro_batch_size * world_size):
+    if not packed and global_batch_size % (micro_batch_size * world_size):
         raise UserError(
             f"model.global_batch_size {global_batch_size} must be a multiple of micro_batch_size "
             f"{micro_batch_size} x {world_size} data-parallel ranks"

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,11 @@ class Batch:
         source: [B, E] int64, what a T5's encoder reads, padded on the right.
         source_documents: [B, E] int64, 0 for tokens and -1 for padding; None where nothing is
             padded.
-        documents: [B, S] int64, the same of a BERT's `tokens`.
+        documents: [B, S] int64, the same of a BERT's `tokens`. Of several documents in a row: the
+            number in the row of the one that a token, of a T5's source or target too, is of.
         token_types: [B, S] int64, of a BERT that knows more than one.
+        spans: [D, 2] int64, the row and the number in it of each document in which a BERT marks an
+            answer, where rows hold several; labels are columns of the row then.
         chance: [B] int64, what dropout draws from for each row (`adapters.masks`).
         origins: [N] int64, which of the data set's sources each label is from; None where nobody
             asks.
@@ -65,6 +68,7 @@ class Batch:
     source_documents: Tensor | None = None
     documents: Tensor | None = None
     token_types: Tensor | None = None
+    spans: Tensor | None = None
     chance: Tensor | None = None
     origins: Tensor | None = None
     num_rows: int = -1
@@ -81,6 +85,7 @@ class Batch:
             "source_documents": self.source_documents,
             "documents": self.documents,
             "token_types": self.token_types,
+            "spans": self.spans,
             "chance": self.chance,
         }
         return {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -218,9 +223,27 @@ class _Column:
         self.parts.clear()
 
     def __getitem__(self, index: int) -> Any:
-        if self.absent:
-            return None
-        return self.flat[self.starts[index] : self.starts[index + 1]].tolist()
+        return None if self.absent else self.flat[self.starts[index] : self.starts[index + 1]]
+
+
+class RowArrays(NamedTuple):
+    """An example's number, and its fields as views of the data set's arrays.
+
+    `labels` [n, 2]: position, token.
+    """
+
+    number: int
+    tokens: np.ndarray
+    labels: np.ndarray
+    source: np.ndarray | None
+    types: np.ndarray | None
+    span: np.ndarray | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many tokens it has, and of a T5 how many its source."""
+        own = len(self.tokens)
+        return (own,) if self.source is None else (own, len(self.source))
 
 
 class AnswerDataset(Dataset[Example]):
@@ -253,17 +276,17 @@ class AnswerDataset(Dataset[Example]):
         self._tokens, self._labels = _Column(np.int32), _Column(np.int32, (2,))
         self._sources, self._types = _Column(np.int32), _Column(np.int8)
         self._spans = _Column(np.int32)
-        columns = self._tokens, self._labels, self._sources, self._types, self._spans
+        self._columns = self._tokens, self._labels, self._sources, self._types, self._spans
         groups = [[s] if isinstance(s, str | os.PathLike) else list(s) for s in sources]
         self.sizes = [0] * len(groups)  # examples of each source
         for number, files in enumerate(groups):
             for example in (example for path in files for example in self._examples(path)):
                 labels = [label[:2] for label in example.labels]
                 kept = example.tokens, labels, example.source, example.token_types, example.span
-                for column, values in zip(columns, kept, strict=True):
+                for column, values in zip(self._columns, kept, strict=True):
                     column.add(values)
                 self.sizes[number] += 1
-        for column in columns:
+        for column in self._columns:
             column.close()
         self._ends = np.cumsum(self.sizes)
         if trainable and not len(self):
@@ -274,14 +297,18 @@ class AnswerDataset(Dataset[Example]):
         return sum(self.sizes)
 
     def __getitem__(self, index: int) -> Example:
-        span = self._spans[index]
+        row = self.arrays(index)
         return Example(
-            self._tokens[index],
-            [Label(*label) for label in self._labels[index]],
-            source=self._sources[index],
-            token_types=self._types[index],
-            span=None if span is None else tuple(span),
+            row.tokens.tolist(),
+            [Label(*label) for label in row.labels.tolist()],
+            source=None if row.source is None else row.source.tolist(),
+            token_types=None if row.types is None else row.types.tolist(),
+            span=None if row.span is None else tuple(row.span.tolist()),
         )
+
+    def arrays(self, index: int) -> RowArrays:
+        """What an example is made of, uncopied."""
+        return RowArrays(index, *(column[index] for column in self._columns))
 
     def source_of(self, index: int) -> int:
         """Which source an example is from."""
@@ -290,8 +317,13 @@ class AnswerDataset(Dataset[Example]):
     @property
     def longest(self) -> int:
         """The most positions that an example needs, of a T5 by its source or its target."""
-        columns = (self._tokens, self._sources)
-        return max((int(np.diff(c.starts).max(initial=0)) for c in columns), default=0)
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows, 1]: the tokens of each; [rows, 2]: and those of its source, which a T5 has."""
+        columns = [column for column in (self._tokens, self._sources) if not column.absent]
+        return np.stack([np.diff(column.starts) for column in columns], 1)
 
     def _examples(self, path: str | os.PathLike[str]) -> Iterator[Example]:
         rows = self._sound_rows(path)

@@ -1,16 +1,25 @@
-"""Which rows each step trains on: shuffled by seed and epoch, sliced over ranks, resumable."""
+"""Which rows each step trains on: shuffled by seed and epoch, resumable."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from graftwerk.data.trees import Groups
 
-class MicroBatches(list[list[int]]):
-    """Row numbers, one list for each forward pass; the first row is the `first` in the order of
-    training, counted over all epochs and ranks."""
 
-    first: int = 0
+class Step(NamedTuple):
+    """The numbers of a step's rows; the first row is the `first` in the order of training, counted
+    over all epochs."""
+
+    rows: list[int]
+    first: int
+
+
+def shuffled(random: np.random.Generator, rows: int, groups: Groups | None) -> np.ndarray:
+    """Row numbers in another order, those of a group on end."""
+    return random.permutation(rows) if groups is None else groups.shuffled(random)
 
 
 class Mixture:
@@ -24,10 +33,17 @@ class Mixture:
     Args:
         sizes: rows of each source; they are numbered through.
         weights: shares, relative to each other.
+        groups: of each source's rows, numbered from 0, that shuffling keeps together.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        groups: Sequence[Groups] | None = None,
+    ) -> None:
         self.sizes = list(sizes)
+        self.groups = groups
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         self.counts = largest_remainders(shares, sum(sizes))
 
@@ -50,7 +66,10 @@ class Mixture:
         if not shuffle:
             rows = [np.arange(size)] * len(passes)
         else:
-            rows = [np.random.default_rng((seed, n, source)).permutation(size) for n in passes]
+            groups = None if self.groups is None else self.groups[source]
+            rows = [
+                shuffled(np.random.default_rng((seed, n, source)), size, groups) for n in passes
+            ]
         return np.concatenate(rows)[skipped : skipped + count]
 
 
@@ -63,43 +82,37 @@ def largest_remainders(shares: np.ndarray, total: int) -> list[int]:
     return counts.tolist()
 
 
-class StepSampler(Sampler[MicroBatches]):
-    """For each optimizer step the rows of this rank, cut into micro-batches.
+class StepSampler(Sampler[Step]):
+    """The rows of each optimizer step, over all ranks.
 
     The order of an epoch is a function of `seed` and the epoch's number alone, so any layout sees
     the same global batches: a resumed run of another number of ranks goes on exactly where the
-    first stopped. Each iteration is one epoch, or what is left of it after `set_consumed`. In a
-    step all ranks have the same number of micro-batches; where rows run out, some are empty.
+    first stopped. Each iteration is one epoch, or what is left of it after `set_consumed`.
 
     Args:
         rows: the number of rows of the data set.
         step_rows: rows of one step over all ranks.
-        micro_batch_size: rows of one forward pass.
-        rank, world_size: of the data-parallel group.
         shuffle: a new order each epoch; otherwise the order of the files.
         drop_last: leave out an epoch's last step where it has fewer rows.
         mixture: draws an epoch's rows from several sources; None: each row once.
+        groups: rows that shuffling keeps together, where there is no mixture; None: none.
     """
 
     def __init__(
         self,
         rows: int,
         step_rows: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
         mixture: Mixture | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self.mixture = mixture
+        self.groups = groups
         self.rows = rows - rows % step_rows if drop_last else rows
         self.all_rows = rows
         self.step_rows = step_rows
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
@@ -108,6 +121,12 @@ class StepSampler(Sampler[MicroBatches]):
     def __len__(self) -> int:
         """Steps of a whole epoch, whatever part of the present one is already consumed."""
         return -(-self.rows // self.step_rows)
+
+    @property
+    def group_count(self) -> int:
+        """The groups that shuffling moves as one; 0: it moves rows."""
+        parts = [self.groups] if self.mixture is None else self.mixture.groups or []
+        return sum(len(part) for part in parts if part is not None) if self.shuffle else 0
 
     def set_consumed(self, samples: int) -> None:
         """Go on after `samples` rows, counted over all epochs and ranks."""
@@ -124,20 +143,11 @@ class StepSampler(Sampler[MicroBatches]):
             return self.mixture.order(epoch, self.seed, self.shuffle)
         if not self.shuffle:
             return np.arange(self.all_rows)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.all_rows)
+        return shuffled(np.random.default_rng((self.seed, epoch)), self.all_rows, self.groups)
 
-    def __iter__(self) -> Iterator[MicroBatches]:
+    def __iter__(self) -> Iterator[Step]:
         order = self.order(self.epoch)[: self.rows]
         for start in range(self._start, self.rows, self.step_rows):
-            yield self._share(order[start : start + self.step_rows], self.epoch * self.rows + start)
+            rows = order[start : start + self.step_rows].tolist()
+            yield Step(rows, self.epoch * self.rows + start)
         self.epoch, self._start = self.epoch + 1, 0
-
-    def _share(self, step: np.ndarray, first: int) -> MicroBatches:
-        # Even shares: they differ by one row at most, and only in an epoch's last step.
-        bounds = [len(step) * rank // self.world_size for rank in range(self.world_size + 1)]
-        share = step[bounds[self.rank] : bounds[self.rank + 1]].tolist()
-        largest = -(-len(step) // self.world_size)
-        size = self.micro_batch_size
-        made = MicroBatches(share[n : n + size] for n in range(0, largest, size))
-        made.first = first + bounds[self.rank]
-        return made

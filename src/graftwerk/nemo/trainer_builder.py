@@ -97,10 +97,12 @@ class MegatronTrainer(pl.Trainer):
             accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
             shape=model.base.config,
             virtual_tokens=model.model.virtual_tokens,
+            static=self.run_device.type == "cuda",
         )
+        lines = [f"{key}: {report}" for key, report in data.report.items()]
+        lines += data.arrange(model.model)
         if self.world.rank == 0:
-            for key, report in data.report.items():
-                print(f"{key}: {report}", flush=True)
+            print(*lines, sep="\n", flush=True)
         stage = STAGE if names else "fine_tuning"
         placed = self.world, self.run_device, self._prepared, model.mesh
         return learning.train(stage, cfg, model.learner(), data, *placed)

@@ -95,10 +95,13 @@ def _run(stage: str, cfg: DictConfig, world: World) -> int:
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
         shape=None if base is None else base.config,
         virtual_tokens=goal.virtual_tokens,
+        static=device.type == "cuda",
     )
     for name, report in data.report.items():
         say(f"{name}: {report}", flush=True)
     learner = build_learner(stage, cfg, base, tokenizer, device, goal, mesh)
+    for line in data.arrange(learner.model):
+        say(line, flush=True)
     return train(stage, cfg, learner, data, world, device, mesh=mesh)
 
 
@@ -384,4 +387,5 @@ def finish(
         "peak_memory_bytes": peak_memory(device),
         "val_loss": val_loss,
         "rows": {name: report.as_dict() for name, report in data.report.items()},
+        "packing": None if data.packing_report is None else data.packing_report.as_dict(),
     }

@@ -463,6 +463,7 @@ class LearningModule(pl.LightningModule):
             "seconds": self.seconds,
             "rows": data.samples_after(data.steps_per_epoch),
             "step_rows": data.step_rows,
+            "groups": data.groups,
             "val_loss": self.val_loss_at(self.global_step),
         }
 
@@ -475,6 +476,12 @@ class LearningModule(pl.LightningModule):
                 f"{saved['step_rows']} a step, this run has {rows} and {data.step_rows}: put the "
                 f"data, model.global_batch_size and trainer.accumulate_grad_batches back, or set "
                 f"exp_manager.resume_if_exists: False"
+            )
+        if saved.get("groups", 0) != data.groups:
+            raise UserError(
+                "the checkpoint to go on from was made with rows in another order: put "
+                "model.data.packed_sequence_size and share_prefixes back as they were, or set "
+                "exp_manager.resume_if_exists: False"
             )
         self.seconds_before = saved["seconds"]
         if saved["val_loss"] is not None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from graftwerk.data.datamodule import AnswerDataModule, longest_row
-from graftwerk.data.sampler import StepSampler
+from graftwerk.data.micro_batches import MicroBatches
+from graftwerk.data.sampler import Step, StepSampler
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
@@ -25,13 +26,20 @@ sizes = st.fixed_dictionaries(
 )
 
 
-def samplers(sizes, accumulate=2, **changes):
-    """One sampler for each rank, of steps that every rank can cut into whole micro-batches."""
-    sizes = sizes | changes
-    step_rows = sizes["micro_batch_size"] * sizes["world_size"] * accumulate
-    return [
-        StepSampler(step_rows=step_rows, rank=rank, **sizes) for rank in range(sizes["world_size"])
-    ]
+class Numbers(MicroBatches):
+    """Row numbers in the place of batches."""
+
+    def lines(self, rows):
+        return rows
+
+    def batch(self, lines):
+        return lines
+
+
+def dealt(rows, micro_batch_size, world_size, **_):
+    """What each rank gets of a step."""
+    how = {"micro_batch_size": micro_batch_size, "world_size": world_size}
+    return [Numbers(None, 0, 1, rank=rank, **how)[Step(rows, 0)] for rank in range(world_size)]
 
 
 def flat(step):
@@ -39,30 +47,34 @@ def flat(step):
 
 
 @given(sizes)
-def test_an_epoch_gives_every_row_once_over_all_ranks(sizes):
-    rows = [row for sampler in samplers(sizes) for step in sampler for row in flat(step)]
-    assert sorted(rows) == list(range(sizes["rows"]))
+def test_every_row_of_a_step_is_on_one_rank(sizes):
+    rows = list(range(sizes["rows"]))
+    assert sorted(row for part in dealt(**sizes | {"rows": rows}) for row in flat(part)) == rows
 
 
 @given(sizes)
 def test_ranks_have_as_many_micro_batches_of_at_most_their_size(sizes):
-    for steps in zip(*samplers(sizes), strict=True):
-        assert len({len(step) for step in steps}) == 1
-        assert all(len(part) <= sizes["micro_batch_size"] for step in steps for part in step)
+    parts = dealt(**sizes | {"rows": list(range(sizes["rows"]))})
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(micro) <= sizes["micro_batch_size"] for part in parts for micro in part)
+    counts = [len(flat(part)) for part in parts]
+    assert max(counts) - min(counts) <= 1
+
+
+def sampler_of(rows, micro_batch_size, world_size, seed, shuffle):
+    return StepSampler(rows, micro_batch_size * world_size, seed, shuffle)
 
 
 @given(sizes)
-def test_a_global_batch_is_the_same_rows_on_any_number_of_ranks(sizes):
-    one = samplers(sizes, accumulate=4, world_size=1)
-    two = samplers(sizes, accumulate=2, world_size=2)
-    single = [sorted(flat(step)) for step in one[0]]
-    pairs = [sorted(flat(a) + flat(b)) for a, b in zip(*two, strict=True)]
-    assert single == pairs
+def test_an_epoch_gives_every_row_once(sizes):
+    assert sorted(row for step in sampler_of(**sizes) for row in step.rows) == [
+        *range(sizes["rows"])
+    ]
 
 
 @given(sizes, st.integers(0, 30))
 def test_a_resumed_run_goes_on_with_the_very_next_step(sizes, done):
-    (whole,), (resumed,) = samplers(sizes, world_size=1), samplers(sizes, world_size=1)
+    whole, resumed = sampler_of(**sizes), sampler_of(**sizes)
     everything = [step for _ in range(4) for step in whole]
     done %= 2 * len(whole)
     resumed.set_consumed(resumed.samples_after(done))
@@ -71,14 +83,14 @@ def test_a_resumed_run_goes_on_with_the_very_next_step(sizes, done):
 
 
 def test_consumed_rows_count_a_short_last_step_as_it_is():
-    sampler = StepSampler(rows=10, step_rows=4, micro_batch_size=2)
+    sampler = StepSampler(rows=10, step_rows=4)
     assert [sampler.samples_after(steps) for steps in range(8)] == [0, 4, 8, 10, 14, 18, 20, 24]
 
 
 def test_each_epoch_has_its_own_order_and_a_seed_repeats_them():
     def epochs(seed):
-        sampler = StepSampler(rows=50, step_rows=5, micro_batch_size=5, seed=seed)
-        return [[flat(step) for step in sampler] for _ in range(2)]
+        sampler = StepSampler(rows=50, step_rows=5, seed=seed)
+        return [[step.rows for step in sampler] for _ in range(2)]
 
     first, second = epochs(1)
     assert first != second
@@ -87,14 +99,14 @@ def test_each_epoch_has_its_own_order_and_a_seed_repeats_them():
 
 
 def test_without_shuffling_rows_come_in_the_order_of_the_file():
-    sampler = StepSampler(rows=7, step_rows=4, micro_batch_size=2, shuffle=False)
-    assert list(sampler) == [[[0, 1], [2, 3]], [[4, 5], [6]]]
-    assert list(sampler) == [[[0, 1], [2, 3]], [[4, 5], [6]]]
+    sampler = StepSampler(rows=7, step_rows=4, shuffle=False)
+    assert list(sampler) == [([0, 1, 2, 3], 0), ([4, 5, 6], 4)]
+    assert list(sampler) == [([0, 1, 2, 3], 7), ([4, 5, 6], 11)]
 
 
 def test_drop_last_leaves_out_the_short_step():
-    sampler = StepSampler(rows=7, step_rows=4, micro_batch_size=2, drop_last=True)
-    assert [len(flat(step)) for step in sampler] == [4]
+    sampler = StepSampler(rows=7, step_rows=4, drop_last=True)
+    assert [len(step.rows) for step in sampler] == [4]
     assert len(sampler) == 1
 
 
@@ -204,8 +216,22 @@ def test_ranks_that_run_out_of_rows_get_fillers(config):
     modules = [AnswerDataModule(config, tokenizer, seed=1, rank=r, world_size=8) for r in range(8)]
     last = [list(module.train_dataloader())[-1] for module in modules]
     assert [[batch.num_rows for batch in step] for step in last] == [
-        [n] for n in (0, 1, 0, 1, 1, 0, 1, 1)
+        [n] for n in (1, 1, 1, 1, 1, 0, 0, 0)
     ]
+
+
+def test_a_global_batch_is_the_same_rows_on_any_number_of_ranks(config):
+    def steps(world_size):
+        modules = [
+            AnswerDataModule(config, tokenizer, seed=1, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        parts = zip(*(module.train_dataloader() for module in modules), strict=True)
+        return [sorted(word for part in step for word in questions(part)) for step in parts]
+
+    one = steps(1)
+    assert [len(step) for step in one] == [8, 8, 5]
+    assert steps(2) == steps(4) == one
 
 
 def test_accumulation_makes_a_step_of_several_global_batches(config):

@@ -236,7 +236,7 @@ class HubBottleneck(Part):
             self.scaling = float(config.scaling)
         self.adapter_norm_after = LayerNormOfPart(size) if config.ln_after else None
         self.gate = Gate(size) if config.use_gating else None
-        self.whole_row = config.use_gating
+        self.whole_row = self.own_row = config.use_gating
         self.dropout, self.depth = Dropout(config.dropout), Dropout(config.stochastic_depth)
         if isinstance(down, nn.Linear) and isinstance(self.adapter_up, nn.Linear):
             _initialise(down, self.adapter_up, config.init_weights)

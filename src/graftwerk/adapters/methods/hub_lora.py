@@ -194,7 +194,7 @@ class Gated(Part):
         self.gate = None
         if config.use_gating:
             self.gate = Gate(site.in_features)
-            self.whole_row = True
+            self.whole_row = self.own_row = True
             self.unmergeable = "its gate differs from example to example"
 
     def factor(self, call: SlotCall) -> Tensor | float:

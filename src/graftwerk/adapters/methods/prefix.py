@@ -136,7 +136,7 @@ class Prefix(Part):
             nn.init.normal_(self.rows, std=config.init_std)
         if config.use_gating:
             self.gate = Gate(site.in_features, 1 if config.shared_gating else 2)
-            self.whole_row = True
+            self.whole_row = self.own_row = True
 
     def made(self) -> Tensor:
         """The rows, [p, 2 kv]."""

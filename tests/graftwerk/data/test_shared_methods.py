@@ -1,0 +1,100 @@
+"""Every method in packed rows and trees against padded rows: what shares, and what must not."""
+
+from dataclasses import replace
+
+import pytest
+
+from graftwerk.adapters import Average, BottleneckConfig, Fuse, LoRAConfig, Parallel, Stack
+from graftwerk.adapters.configs import PrefixTuningConfig, ReftConfig
+from graftwerk.adapters.fusion import FusionConfig
+from graftwerk.adapters.packing import bound_to_rows, bound_to_texts
+from tests.graftwerk.adapters.test_matrix import METHODS
+from tests.graftwerk.data.rows import Rows, adapted, assert_same, learned, packed, padded, plain
+from tests.graftwerk.tiny import SHAPES
+
+LORA = LoRAConfig(dim=3, target_modules=("all",))
+# Duplicates, a row that is another's beginning, several labels of a token, four levels.
+TREE = Rows(
+    [
+        ([1, 2, 3, 4, 5, 6], [(4, 7), (5, 8)]),
+        ([1, 2, 3, 4, 5, 6], [(4, 7), (5, 8)]),
+        ([1, 2, 3, 4], [(3, 9)]),
+        ([1, 2, 3, 9, 9, 1, 4], [(2, 11), (5, 3), (6, 2)]),
+        ([1, 2, 3, 9, 9, 1, 7, 8], [(6, 1), (7, 2)]),
+        ([1, 2, 3, 9, 8], [(4, 5)]),
+        ([4, 4, 4], [(1, 3), (2, 3)]),
+        ([4, 4, 9], [(2, 1)]),
+    ]
+)
+MORE = {
+    "reft_end": ReftConfig(r=2, suffix_positions=2, dropout=0.0),
+    "reft_few": ReftConfig(r=2, prefix_positions=4, orthogonality=False, dropout=0.0),
+    "prefix_shifted": PrefixTuningConfig(prefix_length=3, bottleneck_dim=6, shifts_positions=True),
+    "prefix_gated": PrefixTuningConfig(prefix_length=3, reparametrise=False, use_gating=True),
+    "dora_plain": LoRAConfig(dim=3, target_modules=("mlp",), dora=True),
+}
+ALL = {name: m for name, m in {**METHODS, **MORE}.items() if name != "mtl_lora"}
+ALONE = ("par_bn", "hub_lora", "prefix_gated")  # gates
+LOOK_AHEAD = ("reft_end", *ALONE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ALL)
+def test_a_method_learns_the_same_packed_and_shared_or_says_that_it_would_not(method, shape):
+    model = adapted(shape, a=ALL[method])
+    model.set_active("a")
+    assert (bound_to_rows(model) is not None) == (method in ALONE)
+    assert (bound_to_texts(model) is not None) == (method in LOOK_AHEAD)
+    expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
+    for share, reason in ((False, bound_to_rows(model)), (True, bound_to_texts(model))):
+        found = learned(model, packed(TREE, 20, share, minimum=1)[TREE.step])
+        if reason is None:
+            assert_same(found, expected)
+        else:
+            with pytest.raises(AssertionError):
+                assert_same(found, expected)
+
+
+BOTTLENECKS = {"a": BottleneckConfig(dim=3), "b": BottleneckConfig(dim=5)}
+COMPOSITIONS = {
+    "stack": Stack("a", "b"),
+    "parallel": Parallel("a", "b"),
+    "average": Average("a", "b", weights=[0.3, 0.7]),
+    "fuse": Fuse("a", "b"),
+    "parallel_stack": Parallel(Stack("a", "b"), "b"),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_compositions_learn_the_same_as_padded(name):
+    model = adapted("gpt2", **BOTTLENECKS)
+    if name == "fuse":
+        model.add_fusion("a,b", FusionConfig())
+        model.train_only(fusions=["a,b"])
+    model.set_active(COMPOSITIONS[name])
+    assert bound_to_texts(model) is None
+    expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
+    for share in (False, True):
+        assert_same(learned(model, packed(TREE, 20, share, minimum=1)[TREE.step]), expected)
+
+
+@pytest.mark.parametrize("layers", [None, (1,)])
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_a_sliding_window_is_measured_in_depth(window, layers):
+    shape = replace(SHAPES["llama"], window_size=window, window_layers=layers)
+    model, wide = adapted(shape, a=LORA), adapted("llama", a=LORA)
+    for one in (model, wide):
+        one.set_active("a")
+    expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
+    assert abs(expected[0] - learned(wide, padded(TREE)[TREE.step])[0]) > 1e-3
+    for share in (False, True):
+        assert_same(learned(model, packed(TREE, 20, share, minimum=1)[TREE.step]), expected)
+
+
+def test_virtual_tokens_stand_before_each_packed_row_and_all_its_texts_read_them():
+    rows = plain([6, 4, 9, 5])
+    model = adapted("gpt2", a=METHODS["ptuning"], b=LORA)
+    model.set_active(Stack("a", "b"))
+    together = packed(rows, 24, micro_batch_size=1)[rows.step]
+    assert len(together) == 1
+    assert_same(learned(model, together), learned(model, padded(rows)[rows.step]))
