@@ -15,9 +15,18 @@ from graftwerk.errors import UserError
 from graftwerk.stages import learning
 from graftwerk.training.learner import open_base, tokenizer_of
 from tests.graftwerk.learning_stage import WORDS, base, cfg, elsewhere, read_metrics, rows
+from tests.graftwerk.stages.test_layouts import (
+    as_layout,
+    assert_alike,
+    at,
+    columns,
+    on_processes,
+    peft,
+    weights,
+)
 from tests.graftwerk.tiny import tiny_gpt
 
-__all__ = ["base", "cfg", "rows"]
+__all__ = ["base", "cfg", "peft", "rows"]
 QUESTIONS = 3
 
 
@@ -179,3 +188,21 @@ def test_a_shared_run_that_was_stopped_goes_on_to_the_same_weights(paragraphs, t
     run(part, tmp_path / "stopped", packed_sequence_size=64)
     resumed = run(paragraphs, tmp_path / "stopped", packed_sequence_size=64)
     assert all((resumed[1][key] == value).all() for key, value in whole[1].items())
+
+
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_any_layout_learns_from_the_same_packed_rows_with_dropout(
+    share, paragraphs, peft, tmp_path
+):
+    """Five methods on two processes, of which one may run out of packed rows."""
+    peft.model.data.update({"packed_sequence_size": 64, "share_prefixes": share})
+    peft.model.update({"global_batch_size": 5, "micro_batch_size": 1})
+    peft.trainer.max_steps = 4
+    alone = at(peft, tmp_path / "alone")
+    layouts = ("data", "tensor", "sequence", "pipeline")
+    runs = {name: as_layout(at(peft, tmp_path / name), name) for name in layouts}
+    on_processes(2, [("peft", config) for config in runs.values()])
+    assert learning.run("peft", alone) == learning.DONE
+    for config in runs.values():
+        assert columns(config) == [pytest.approx(row, rel=1e-4) for row in columns(alone)]
+        assert_alike(weights(config), weights(alone), 1e-4)
