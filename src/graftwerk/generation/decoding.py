@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftwerk.adapters.composition import Split, below, branches
-from graftwerk.generation.prefill import check, prefill
+from graftwerk.generation.reading import Reader, Rows, WholeRow, check
 from graftwerk.generation.sampling import Sampling, uniforms_of
-from graftwerk.models import BERT, GPT, T5, KeyValueCache
+from graftwerk.generation.sharing import Trees, batches, can_share, grow
+from graftwerk.models import BERT, GPT, T5
 
 Stop = Callable[[list[int]], bool]
 Progress = Callable[[int], object]
@@ -57,8 +57,9 @@ def complete(
 ) -> list[Continuation]:
     """Continues each prompt, in the prompts' order.
 
-    Prompts of similar length share a batch, under a `Split` of a GPT those of equal length; a row
-    that is finished leaves it. A row with adapters of which what they do at a token depends on
+    A GPT reads what prompts begin with alike once (`generation.sharing`), where adapters allow it.
+    Else those of similar length share a batch, under a `Split` of a GPT those of equal length. A
+    row that is finished leaves. A row with adapters of which what they do at a token depends on
     those behind it is read anew with each token.
 
     Args:
@@ -68,7 +69,8 @@ def complete(
         sampling: how tokens are chosen, and how many; the model's positions may end a row before
             `tokens_to_generate`. Its `end_strings` are text: `stop` looks for them.
         eos_ids: tokens that end a row; they are not part of the result.
-        batch_size: rows at a time.
+        batch_size: rows at a time; of rows that share what they begin with, as many as the tokens
+            of so many hold.
         stop: says of the tokens added so far whether the row is finished.
         progress: is called with the number of rows that a batch finished.
         numbers: one a prompt; with the seed it says what chance makes of the row. None: the
@@ -90,15 +92,38 @@ def complete(
     numbers = range(len(prompts)) if numbers is None else numbers
     eos_ids = frozenset(eos_ids)
     results = [Continuation() for _ in prompts]
+    for rows, reader in _readers(model, prompts, sampling, batch_size, task_ids):
+        decoding = _Batch(model, reader, sampling, eos_ids, stop)
+        decoding.run([results[row] for row in rows], [numbers[row] for row in rows])
+        progress(len(rows))
+        del decoding, reader  # and the cache, before there is another
+    return results
+
+
+def _readers(
+    model: GPT | T5,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch_size: int,
+    task_ids: Sequence[int] | None,
+) -> Iterator[tuple[list[int], Reader]]:
+    """Batches: the numbers of their prompts, and what has read these."""
+    device, most = next(model.parameters()).device, sampling.tokens_to_generate - 1
+    if isinstance(model, GPT) and task_ids is None and can_share(model):
+        trees = grow(prompts, model.config.hidden_size, batch_size)
+        for batch in batches(trees, batch_size, most):
+            yield [row for tree in batch for row in tree.rows], Trees(model, batch, device, most)
+        return
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    make, size = (_WholeRow, 1) if model.plan.whole_row else (_Batch, batch_size)
+    make, size = (WholeRow, 1) if model.plan.whole_row else (Rows, batch_size)
     alike = isinstance(model, GPT) and bool(below(model.active, Split))  # tokens by their numbers
     groups = groupby(order, key=lambda row: len(prompts[row]) if alike else 0)
     for rows in (rows for _, group in groups for rows in batched(group, size)):
-        batch = make(model, [prompts[row] for row in rows], sampling, eos_ids, stop, rows, task_ids)
-        batch.run([results[row] for row in rows], [numbers[row] for row in rows])
-        progress(len(rows))
-    return results
+        tasks = None
+        if task_ids is not None:
+            tasks = torch.tensor([task_ids[row] for row in rows], device=device)
+        numbers = torch.tensor(rows, device=device)
+        yield rows, make(model, [prompts[row] for row in rows], numbers, tasks, most)
 
 
 def batched(rows: Iterable[int], size: int) -> Iterator[list[int]]:
@@ -114,30 +139,21 @@ class _Batch:
     def __init__(
         self,
         model: GPT | T5,
-        prompts: list[Sequence[int]],
+        reader: Reader,
         sampling: Sampling,
         eos_ids: frozenset[int],
         stop: Stop | None,
-        rows: list[int],
-        task_ids: Sequence[int] | None = None,
     ):
-        self.model, self.sampling, self.eos_ids, self.stop = model, sampling, eos_ids, stop
-        self.device = next(model.parameters()).device
-        self.task_ids: Tensor | None = None
-        if task_ids is not None:
-            self.task_ids = torch.tensor([task_ids[row] for row in rows], device=self.device)
-        numbers = torch.tensor(rows, device=self.device)
-        first = prefill(model, prompts, self.device, numbers, self.task_ids)
-        self.logits, self.cache = first.logits, first.cache
-        lengths = [len(tokens) for tokens in first.read]
-        self.lengths = torch.tensor(lengths, device=self.device)
+        self.reader, self.sampling, self.eos_ids, self.stop = reader, sampling, eos_ids, stop
+        self.device = reader.logits.device
         # How many tokens a row may get: the last needs no position of its own.
         longest, most = model.longest, sampling.tokens_to_generate
+        lengths = [len(tokens) for tokens in reader.read]
         self.rooms = [min(most, longest - n + 1) if longest else most for n in lengths]
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
-            for row, tokens in zip(self.seen, first.read, strict=True):
+            self.seen = torch.zeros_like(reader.logits, dtype=torch.bool)
+            for row, tokens in zip(self.seen, reader.read, strict=True):
                 row[torch.tensor(tokens, device=self.device)] = True
         self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
 
@@ -156,30 +172,25 @@ class _Batch:
                 keep = torch.tensor(going, device=self.device)
                 chosen = chosen[keep]
                 uniforms = None if uniforms is None else uniforms[keep]
-                self._keep(keep)
+                self.rooms = [self.rooms[place] for place in going]
+                self.seen = None if self.seen is None else self.seen[keep]
+                self.reader.keep(keep)
             if self.seen is not None:
                 self.seen.scatter_(1, chosen[:, None], True)
-            self._read(chosen)
-            self.lengths = self.lengths + 1
-
-    def _read(self, chosen: Tensor) -> None:
-        """Takes up the chosen tokens [B]: the logits of those behind them."""
-        positions = self.lengths[:, None]
-        more: dict[str, Any] = {"cache": self.cache, "task_ids": self.task_ids}
-        self.logits = self.model(chosen[:, None], positions, **more)[:, 0]
+            self.reader.take(chosen)
 
     def _choose(self, step: int, uniforms: Tensor | None) -> Tensor:
-        """The next token of each row [B]."""
-        logits = self.logits.float()
+        """The next token of each row [N]."""
+        logits = self.reader.logits.float()
         if step < self.sampling.min_tokens_to_generate:
             logits = logits.index_fill(-1, self.eos, -torch.inf)
         return self.sampling.choose(logits, self.seen, uniforms)
 
     def _note(self, results: list[Continuation], chosen: Tensor) -> list[int]:
-        """Adds the chosen tokens [B] to the results and returns the places of rows that go on."""
+        """Adds the chosen tokens [N] to the results and returns the places of rows that go on."""
         logprobs: list[float] | None = None
         if self.sampling.compute_logprob:
-            own = self.logits.float().log_softmax(-1)
+            own = self.reader.logits.float().log_softmax(-1)
             logprobs = own.gather(-1, chosen[:, None])[:, 0].tolist()
         going: list[int] = []
         for place, (row, token) in enumerate(zip(results, chosen.tolist(), strict=True)):
@@ -192,32 +203,3 @@ class _Batch:
             if not full and not (self.stop and self.stop(row.tokens)):
                 going.append(place)
         return going
-
-    def _keep(self, rows: Tensor) -> None:
-        """Keeps these rows; those that are finished leave."""
-        self.cache.keep(rows)
-        self.lengths = self.lengths[rows]
-        self.task_ids = None if self.task_ids is None else self.task_ids[rows]
-        self.rooms = [self.rooms[place] for place in rows.tolist()]
-        self.seen = None if self.seen is None else self.seen[rows]
-
-
-class _WholeRow(_Batch):
-    """A batch of one row that is read from its beginning each time."""
-
-    def __init__(self, model: GPT | T5, prompts: list[Sequence[int]], *more: Any):
-        super().__init__(model, prompts, *more)
-        self.prompt = torch.tensor([list(prompts[0])], device=self.device)
-        start = [] if isinstance(model, GPT) else [model.config.decoder_start_token_id]
-        self.tokens = torch.tensor([start], dtype=torch.long, device=self.device)
-
-    def _read(self, chosen: Tensor) -> None:
-        self.tokens = torch.cat([self.tokens, chosen[:, None]], 1)
-        cache = KeyValueCache(len(self.cache.own))  # empty: it says which row of the batch this is
-        cache.rows = self.cache.rows
-        more: dict[str, Any] = {"cache": cache, "task_ids": self.task_ids}
-        if isinstance(self.model, T5):
-            row = self.model(self.tokens, source=self.prompt, **more)
-        else:
-            row = self.model(torch.cat([self.prompt, self.tokens], 1), **more)
-        self.logits = row[:, -1]

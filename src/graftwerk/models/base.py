@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.slots import Flow, Site, Slot
-from graftwerk.models.cache import KeyValueCache
+from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Context, Embedding
-from graftwerk.models.positions import rotary_angles, visibility
+from graftwerk.models.positions import rotary_angles, visibility, within
 
 
 @dataclass
@@ -197,6 +197,8 @@ def decoder_context(
     past = cache.length if cache is not None else 0
     if positions is None:
         positions = torch.arange(past, past + new, device=tokens.device)[None]
+    if cache is not None and cache.grid is not None:
+        return _grid_context(config, dtype, positions, cache, cache.grid)
     all_positions = positions
     if cache is not None:
         cache.note(end, positions, batch, new)
@@ -210,6 +212,26 @@ def decoder_context(
     context.causal = context.mask is None and new > 1
     if 0 < config.window_size < seen:
         context.window_mask = visibility(visible, new, all_positions, config.window_size)
+    if config.position_embedding_type == "rope":
+        context.rotary = rotary_angles(positions, config, dtype)
+    return context
+
+
+def _grid_context(
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    positions: Tensor,
+    cache: KeyValueCache,
+    grid: Grid,
+) -> Context:
+    """That of a pass whose tokens are one row, positions [1, N], and attend in a grid."""
+    placed = positions[0][grid.tokens]
+    cache.note(None, placed, *placed.shape)
+    context = Context(positions, mask=grid.mask, causal=grid.mask is None, cache=cache)
+    if 0 < config.window_size < cache.length:
+        assert cache.positions is not None
+        near = within(cache.positions, placed.shape[1], config.window_size)[:, None]
+        context.window_mask = near.tril() if grid.mask is None else near & grid.mask
     if config.position_embedding_type == "rope":
         context.rotary = rotary_angles(positions, config, dtype)
     return context

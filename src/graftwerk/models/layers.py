@@ -208,9 +208,13 @@ class Attention(nn.Module):
         if context.rotary is not None:
             query = rotate(query, context.rotary, self.rotary_interleaved)
             key = rotate(key, context.rotary, self.rotary_interleaved)
-        if context.cache is not None:
-            key, value = context.cache.extend(self.layer, key, value)
+        cache = context.cache
+        if cache is not None:
+            query = cache.spread(query)
+            key, value = cache.extend(self.layer, cache.spread(key), cache.spread(value))
         attended = self.attend(query, key, value, x, context)
+        if cache is not None:
+            attended = cache.gather(attended)
         return self.output(self.linear_proj(attended), flow, attended)
 
     def attend(

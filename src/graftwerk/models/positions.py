@@ -27,9 +27,17 @@ def visibility(
     mask = (index <= query) & (query < end[:, None, :])
     if window:
         assert positions is not None, "a window is measured in positions"
-        distance = positions[:, seen - queries :, None] - positions[:, None, :]
-        mask = mask & (distance < window)
+        mask = mask & within(positions, queries, window)
     return mask[:, None]
+
+
+def within(positions: Tensor, queries: int, window: int) -> Tensor:
+    """The mask [B or 1, S, K] of keys less than `window` positions before a query.
+
+    The queries are the last of the K tokens, whose positions are [B or 1, K].
+    """
+    first = positions.shape[1] - queries
+    return positions[:, first:, None] - positions[:, None, :] < window
 
 
 def neighbours(texts: Tensor) -> tuple[Tensor, Tensor]:
