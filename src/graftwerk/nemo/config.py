@@ -90,6 +90,7 @@ MODEL: Rules = {
         "validation_ds": EVALUATED_SET,
         "test_ds": EVALUATED_SET,
         **_kept("over_long", "unlabelled", "answer_only_loss", "chat"),
+        **_kept("packed_sequence_size", "share_prefixes"),
     },
     "inference": INFERENCE,
     "answer_only_loss": KEPT,

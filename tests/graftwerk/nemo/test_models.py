@@ -126,6 +126,13 @@ def test_what_fit_writes_gives_the_same_predictions_again(
     assert trainer.predict(model) == trained
 
 
+def test_rows_may_be_packed(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, model, cfg = begin(model__data__packed_sequence_size=64)
+    model.add_adapter(LoraPEFTConfig(cfg))
+    trainer.fit(model)
+    assert "packing: rows of 64 tokens" in capsys.readouterr().out
+
+
 def test_training_leaves_the_base_as_it_was(begin: Begin) -> None:
     trainer, model, cfg = begin()
     before = {name: p.clone() for name, p in model.model.named_parameters()}
