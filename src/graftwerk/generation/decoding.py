@@ -10,7 +10,7 @@ from torch import Tensor
 from graftwerk.adapters.composition import Split, below, branches
 from graftwerk.generation.reading import Reader, Rows, WholeRow, check
 from graftwerk.generation.sampling import Sampling, uniforms_of
-from graftwerk.generation.sharing import Trees, batches, can_share, grow
+from graftwerk.generation.sharing import Compiler, Trees, batches, can_share, grow
 from graftwerk.models import BERT, GPT, T5
 
 Stop = Callable[[list[int]], bool]
@@ -54,6 +54,7 @@ def complete(
     progress: Progress = lambda finished: None,
     numbers: Sequence[int] | None = None,
     task_ids: Sequence[int] | None = None,
+    compiler: Compiler | None = None,
 ) -> list[Continuation]:
     """Continues each prompt, in the prompts' order.
 
@@ -76,6 +77,9 @@ def complete(
         numbers: one a prompt; with the seed it says what chance makes of the row. None: the
             prompt's place.
         task_ids: the child of a `MultiTask` for each prompt.
+        compiler: `torch.compile` or the like, for long continuations on a GPU: a GPT's passes
+            behind the first are of one shape then, over a cache with room for all, and rows that
+            have ended stay in them. Not where prompts are read by themselves.
 
     Raises:
         UserError: for a BERT, an empty prompt, and one that fills all the model's positions.
@@ -83,7 +87,7 @@ def complete(
     check(model, prompts)
     assert not isinstance(model, BERT)
     if model.width > 1:
-        more = (sampling, eos_ids, batch_size, stop, progress, numbers, task_ids)
+        more = (sampling, eos_ids, batch_size, stop, progress, numbers, task_ids, compiler)
         found: list[Continuation] = []
         for branch in branches(model.active):
             with model.setup(branch, model.plan.skip_layers):
@@ -92,7 +96,7 @@ def complete(
     numbers = range(len(prompts)) if numbers is None else numbers
     eos_ids = frozenset(eos_ids)
     results = [Continuation() for _ in prompts]
-    for rows, reader in _readers(model, prompts, sampling, batch_size, task_ids):
+    for rows, reader in _readers(model, prompts, sampling, batch_size, task_ids, compiler):
         decoding = _Batch(model, reader, sampling, eos_ids, stop)
         decoding.run([results[row] for row in rows], [numbers[row] for row in rows])
         progress(len(rows))
@@ -106,13 +110,17 @@ def _readers(
     sampling: Sampling,
     batch_size: int,
     task_ids: Sequence[int] | None,
+    compiler: Compiler | None,
 ) -> Iterator[tuple[list[int], Reader]]:
     """Batches: the numbers of their prompts, and what has read these."""
-    device, most = next(model.parameters()).device, sampling.tokens_to_generate - 1
+    device, most = model.device, sampling.tokens_to_generate - 1
+    if model.longest:
+        most = min(most, model.longest - min(map(len, prompts), default=0))
     if isinstance(model, GPT) and task_ids is None and can_share(model):
         trees = grow(prompts, model.config.hidden_size, batch_size)
         for batch in batches(trees, batch_size, most):
-            yield [row for tree in batch for row in tree.rows], Trees(model, batch, device, most)
+            rows = [row for tree in batch for row in tree.rows]
+            yield rows, Trees(model, batch, device, most, compiler)
         return
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     make, size = (WholeRow, 1) if model.plan.whole_row else (Rows, batch_size)

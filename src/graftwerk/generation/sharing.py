@@ -8,14 +8,15 @@ Shapes: T trees, W tokens of the widest, N rows that still run, G of the tree th
 virtual tokens in front of each tree, K columns of the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from graftwerk.adapters.composition import BatchSplit, MultiTask, Split, below
+from graftwerk.adapters.packing import bound_to_texts
 from graftwerk.adapters.slots import LayerSlot, slots_of
 from graftwerk.generation.reading import AHEAD
 from graftwerk.models import GPT, KeyValueCache
@@ -24,6 +25,7 @@ from graftwerk.models.positions import visibility
 
 MOST = 32  # rows of a tree: each attends past what the others added
 FOREVER = torch.iinfo(torch.int64).max
+Compiler = Callable[[GPT], Callable[..., Tensor]]
 
 
 @dataclass
@@ -59,9 +61,9 @@ class Tree:
 def can_share(model: GPT) -> bool:
     """Whether what active adapters do at a token depends on nothing but it and those before it.
 
-    Some count the row's tokens (`Split`, ReFT), or know which row this is.
+    ReFT counts the tokens before, in rows of the cache.
     """
-    if model.plan.whole_row or below(model.active, Split, BatchSplit, MultiTask):
+    if bound_to_texts(model) is not None:
         return False
     slots = slots_of(model).values()
     return not any(isinstance(s, LayerSlot) and s.key in model.plan.actions for s in slots)
@@ -118,11 +120,22 @@ def batches(trees: Sequence[Tree], batch_size: int, most: int) -> Iterator[list[
 class Trees:
     """A batch of trees whose prompts are read, as a `Reader` of their rows, tree after tree.
 
-    `most`: tokens that will be taken of a row.
+    Args:
+        most: tokens that will be taken of a row.
+        compiler: makes the passes behind the first, which are of one shape then: rows that have
+            ended stay, and the cache has room for all.
     """
 
-    def __init__(self, model: GPT, trees: Sequence[Tree], device: torch.device, most: int):
+    def __init__(
+        self,
+        model: GPT,
+        trees: Sequence[Tree],
+        device: torch.device,
+        most: int,
+        compiler: Compiler | None = None,
+    ):
         self.model, self.device = model, device
+        self.last = model.longest - 1 if model.longest else FOREVER  # position
         virtual = model.plan.virtual_tokens
         paths = [path for tree in trees for path in tree.paths]
         counts = torch.tensor([len(tree.rows) for tree in trees])
@@ -139,7 +152,7 @@ class Trees:
         for row, path in zip(seen, paths, strict=True):
             row[torch.tensor(path) + virtual] = True
         self.seen = seen.to(device)  # [N, K]: the columns that each row has met
-        room = width + int(counts.max()) * min(most, AHEAD)
+        room = width + int(counts.max()) * (most if compiler else min(most, AHEAD))
         self.cache = KeyValueCache(model.config.num_layers, room)
         self.cache.grid = grid.to(device)
         stops = accumulate(len(tree.tokens) for tree in trees)
@@ -151,6 +164,12 @@ class Trees:
             torch.tensor(last, device=device),
         )
         self._arrange()
+        self.running: Tensor | None = None  # of the rows of compiled passes, those that do run
+        if compiler is not None and most:
+            self.running = torch.arange(len(paths), device=device)
+            self.cache.fix(self.tokens.shape[1])
+            self.seen = F.pad(self.seen, (0, self.cache.length - width))
+            self.step = compiler(model)
 
     def _pass(self, tokens: Tensor, positions: Tensor, select: Tensor | None = None) -> Tensor:
         """Logits behind the tokens of a row, or behind those that `select` names."""
@@ -166,15 +185,33 @@ class Trees:
         self.tokens[self.tree, self.place] = every
 
     def take(self, chosen: Tensor) -> None:
+        if self.running is not None:
+            self._take_fixed(chosen, self.running)
+            return
         most = self.tokens.shape[1]
-        own = torch.nn.functional.one_hot(self.place, most).bool()
+        own = F.one_hot(self.place, most).bool()
         self.seen = torch.cat([self.seen, own], 1)
         places = self.tree * most + self.place
         self.cache.grid = Grid(self.tokens, places, self.seen[self.tokens][:, None])
         self.logits = self._pass(chosen, self.positions)
         self.positions = self.positions + 1
 
+    def _take_fixed(self, chosen: Tensor, running: Tensor) -> None:
+        """As `take`, and what rows that have ended would go on with is of no account."""
+        assert self.cache.columns is not None
+        tokens = torch.zeros_like(self.positions).index_copy_(0, running, chosen)
+        self.seen.scatter_(1, self.cache.columns[self.place][:, None], True)
+        places = self.tree * self.tokens.shape[1] + self.place
+        self.cache.grid = Grid(self.tokens, places, self.seen[self.tokens][:, None])
+        logits = self.step(tokens[None], self.positions[None], cache=self.cache)[0]
+        self.logits = logits[running]
+        self.positions = (self.positions + 1).clamp(max=self.last)
+        self.cache.columns = self.cache.columns + self.tokens.shape[1]
+
     def keep(self, rows: Tensor) -> None:
+        if self.running is not None:
+            self.running = self.running[rows]
+            return
         self.seen, self.positions = self.seen[rows], self.positions[rows]
         self.tree = self.tree[rows]
         living, places = self.tree.unique(return_inverse=True)

@@ -230,7 +230,7 @@ def _grid_context(
     context = Context(positions, mask=grid.mask, causal=grid.mask is None, cache=cache)
     if 0 < config.window_size < cache.length:
         assert cache.positions is not None
-        near = within(cache.positions, placed.shape[1], config.window_size)[:, None]
+        near = within(placed, cache.positions, config.window_size)[:, None]
         context.window_mask = near.tril() if grid.mask is None else near & grid.mask
     if config.position_embedding_type == "rope":
         context.rotary = rotary_angles(positions, config, dtype)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Pair = tuple[Tensor, Tensor]
 
@@ -39,7 +40,8 @@ class KeyValueCache:
     own. `cross` holds keys and values of encoder states, made once. Layers above a `Parallel` hold
     its wider batch.
 
-    `room`: the tokens that there will be, where that is known.
+    `room`: the tokens that there will be, where that is known. A cache that is `fixed` has them
+    all from then on, for attention too: shapes stay, and masks say what is there.
     """
 
     def __init__(self, num_layers: int, room: int = 0):
@@ -50,12 +52,18 @@ class KeyValueCache:
         self.cross_mask: Tensor | None = None  # [B, 1, 1, E]: which source tokens are no padding
         self.rows: Tensor | None = None  # [B]: the rows' numbers, for a `BatchSplit`
         self.grid: Grid | None = None
+        self.columns: Tensor | None = None  # [S]: where a fixed cache takes up the next pass
         self.room = room
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
         """Appends [B, S, groups, head size] to a layer and returns all that it holds."""
-        held, past = self.own[layer], self.length - key.shape[1]
+        held = self.own[layer]
+        if self.columns is not None and held is not None:
+            for buffer, new in zip(held, (key, value), strict=True):
+                buffer.index_copy_(1, self.columns, new)
+            return held
+        past = self.length - key.shape[1]
         if held is None and self.room <= self.length:
             self.own[layer] = key, value
             return key, value
@@ -78,6 +86,9 @@ class KeyValueCache:
 
     def note(self, end: Tensor | None, positions: Tensor, batch: int, new: int) -> None:
         """Notes how far `new` tokens may be seen and where they stand; once a forward pass."""
+        if self.columns is not None and self.positions is not None:
+            self.positions.index_copy_(1, self.columns, positions)
+            return
         if end is not None or self.end is not None:
             forever, device = torch.iinfo(torch.int64).max, positions.device
             if self.end is None:
@@ -91,6 +102,21 @@ class KeyValueCache:
             positions = torch.cat([seen, positions.expand(rows, -1)], 1)
         self.positions = positions
         self.length += new
+
+    def fix(self, new: int) -> None:
+        """Fixes a cache with a grid, whose passes have `new` columns from now on.
+
+        Whoever reads on moves `columns`, and shows in the grid's mask what they have reached.
+        """
+        assert self.positions is not None
+        past, self.length = self.length, max(self.room, self.length)
+        more = self.length - past  # zeros: what is masked is multiplied with none, not with a NaN
+        self.positions = F.pad(self.positions, (0, more))
+        for layer, held in enumerate(self.own):
+            assert held is not None
+            key, value = (F.pad(tensor[:, :past], (0, 0, 0, 0, 0, more)) for tensor in held)
+            self.own[layer] = key, value
+        self.columns = torch.arange(past, past + new, device=self.positions.device)
 
     def keep(self, rows: Tensor) -> None:
         """Keeps the batch rows with these indices: finished ones leave."""

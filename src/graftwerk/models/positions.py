@@ -27,17 +27,16 @@ def visibility(
     mask = (index <= query) & (query < end[:, None, :])
     if window:
         assert positions is not None, "a window is measured in positions"
-        mask = mask & within(positions, queries, window)
+        mask = mask & within(positions[:, seen - queries :], positions, window)
     return mask[:, None]
 
 
-def within(positions: Tensor, queries: int, window: int) -> Tensor:
+def within(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """The mask [B or 1, S, K] of keys less than `window` positions before a query.
 
-    The queries are the last of the K tokens, whose positions are [B or 1, K].
+    Positions [B or 1, S] of queries, [B or 1, K] of keys.
     """
-    first = positions.shape[1] - queries
-    return positions[:, first:, None] - positions[:, None, :] < window
+    return queries[:, :, None] - keys[:, None, :] < window
 
 
 def neighbours(texts: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -171,6 +172,27 @@ def test_rows_go_on_behind_the_room_that_the_cache_has_from_the_start():
     model = model_with("llama", None)
     found = generate(model, PROMPTS[:2], AHEAD + 9)
     assert found == [alone(model, 0, prompt, AHEAD + 9) for prompt in PROMPTS[:2]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled_passes_are_of_one_shape_and_say_the_same(shape: str):
+    model, graphs, after = model_with(shape, Stack("prompt", "lora", "prefix")), [], {}
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def ended(row: list[int]) -> bool:
+        after[len(row)] = len(graphs)
+        return len(row) == 1 + row[0] % 7
+
+    sampling = Sampling(tokens_to_generate=9)
+    expected = complete(model, PROMPTS, sampling, stop=ended)
+    compiler = partial(torch.compile, backend=backend)
+    torch.compiler.reset()
+    assert complete(model, PROMPTS, sampling, stop=ended, compiler=compiler) == expected
+    assert len({len(row.tokens) for row in expected}) > 2, "rows end together"
+    assert 0 == after[1] < after[2] == max(after.values())
 
 
 def test_draws_and_log_probabilities_are_those_of_rows_alone():
