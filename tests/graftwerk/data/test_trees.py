@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from tests.graftwerk.data.rows import (
     losses,
     packed,
     padded,
+    relabelled,
 )
 
 
@@ -140,6 +142,25 @@ def test_another_label_moves_no_other_rows_loss(rows, chosen):
     after = each(Rows([(tokens, changed) if n == number else r for n, r in enumerate(rows.rows)]))
     assert before[number] != after[number]
     assert all(before[n] == after[n] for n in before if n != number)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_another_question_moves_no_other_questions_loss(number):
+    context = [5, 6, 7, 8, 9, 10]
+    questions = [[1, 2, 3], [1, 2, 4], [2, 2], [1, 2, 3, 5], [1]]
+    rows = Rows([([*context, *q], [(5 + len(q), 11 + n)]) for n, q in enumerate(questions)])
+    model = adapted("gpt2", a=LoRAConfig(dim=3))
+    model.set_active("a")
+
+    def each(rows):
+        batches = packed(rows, 40, share=True, minimum=1)
+        (line,) = batches.lines(rows.step.rows)
+        numbers = [row.number for document in line for row in document.rows]
+        return losses(model, batches[rows.step], lambda batch: numbers)
+
+    before, after = each(rows), each(relabelled(rows, number, token=60))
+    assert before[number] != after[number]
+    assert all(before[n] == pytest.approx(after[n], abs=2e-6) for n in before if n != number)
 
 
 @settings(max_examples=60)
