@@ -140,8 +140,6 @@ def collate(
         _add_spans(batch, rows, weight=1.0 if examples else 0.0)
     else:
         _add_labels(batch, rows)
-    if any(row.end is not None or row.positions is not None for row in rows):
-        _add_layout(batch, rows)
     if rows[0].source is not None:
         sources = [row.source or () for row in rows]
         batch.source = torch.from_numpy(_padded(sources, pad, multiple))
@@ -189,18 +187,6 @@ def _add_spans(batch: Batch, rows: Sequence[Example], weight: float) -> None:
     batch.labels = spans.T.flatten()
     batch.weights = torch.full((2 * len(rows),), weight)
     batch.documents = _documents([row.tokens for row in rows], batch.tokens)
-
-
-def _add_layout(batch: Batch, rows: Sequence[Example]) -> None:
-    """Positions and ends of rows that have their own, and of those beside them."""
-    positions = torch.arange(batch.tokens.shape[1]).repeat(len(rows), 1)
-    end = positions + 1
-    for number, row in enumerate(rows):
-        length = len(row.tokens)
-        end[number, :length] = torch.tensor(length if row.end is None else row.end)
-        if row.positions is not None:
-            positions[number, :length] = torch.tensor(row.positions)
-    batch.positions, batch.end = positions, end
 
 
 class _Column:

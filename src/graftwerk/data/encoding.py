@@ -28,11 +28,7 @@ class Example:
     Args:
         tokens: the input (of a T5: of its decoder). A text's last token is not among them: nothing
             follows it, so it is only ever a label.
-        labels: what is predicted where. One position may carry several labels (a tree's branching
-            point) and one label may occur several times.
-        positions: each token's position, or None for 0, 1, 2, ...
-        end: for each token the index past the last one that may look at it, or None for plain
-            causal rows.
+        labels: what is predicted where.
         source: the input of a T5's encoder; None for other models.
         token_types: of a BERT that knows more than one; else None.
         span: first and last token of the answer to a BERT that marks it; such an example has no
@@ -41,8 +37,6 @@ class Example:
 
     tokens: Sequence[int]
     labels: Sequence[Label] = ()
-    positions: Sequence[int] | None = None
-    end: Sequence[int] | None = None
     source: Sequence[int] | None = None
     token_types: Sequence[int] | None = None
     span: tuple[int, int] | None = None

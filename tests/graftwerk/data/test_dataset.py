@@ -147,23 +147,6 @@ def test_collating_keeps_every_token_and_label(rows, multiple):
     assert batch.end is None
 
 
-def test_a_tree_keeps_its_layout_and_plain_rows_beside_it_get_theirs():
-    # 1 2, then either 3 4 or 5: the second branch must not see the first.
-    tree = Example(
-        tokens=[1, 2, 3, 4, 5],
-        labels=[Label(1, 3), Label(1, 5), Label(2, 4)],
-        positions=[0, 1, 2, 3, 2],
-        end=[5, 5, 4, 4, 5],
-    )
-    batch = collate([Example([7, 8, 9], [Label(2, 1)]), tree], multiple=4)
-    assert batch.positions is not None
-    assert batch.end is not None
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 2, 5, 6, 7]]
-    assert batch.end.tolist() == [[3, 3, 3, 4, 5, 6, 7, 8], [5, 5, 4, 4, 5, 6, 7, 8]]
-    assert batch.label_positions.tolist() == [2, 9, 9, 10]
-    assert batch.labels.tolist() == [1, 3, 5, 4]
-
-
 def test_a_filler_has_a_token_but_no_row_and_no_label():
     filler = collate([], pad=3)
     assert filler.tokens.tolist() == [[3]]
@@ -172,10 +155,10 @@ def test_a_filler_has_a_token_but_no_row_and_no_label():
 
 
 def test_a_batch_moves_whole():
-    batch = collate([Example([1, 2], [Label(1, 2)], [0, 1], [2, 2])])
+    batch = collate([Example([1, 2], [Label(1, 2)])])
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if torch.is_tensor(value)]
-    assert len(tensors) == 6
+    assert len(tensors) == 4
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.num_rows, moved.num_tokens) == (1, 2)
 
