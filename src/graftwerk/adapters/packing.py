@@ -1,7 +1,10 @@
 """What of the active adapters would change where texts lie together in a row."""
 
+from typing import Any
+
 from graftwerk.adapters.composition import BatchSplit, MultiTask, Split, below, names
 from graftwerk.adapters.model import AdapterModel
+from graftwerk.adapters.slots import PrefixSlot
 
 COUNTED = {
     Split: "gives its children columns of a row",
@@ -15,9 +18,17 @@ def bound_to_rows(model: AdapterModel) -> str | None:
     for block, reason in COUNTED.items():
         if below(model.active, block):
             return f"{block.__name__} {reason}"
+    shape: Any = model.config
+    both_ways = shape.architecture != "gpt"
+    if both_ways and model.plan.virtual_tokens:
+        return f"prompts of a {shape.architecture} read the row behind them"
     for name in dict.fromkeys(names(model.active)):
-        if any(part.own_row for _, _, part in model.parts(name)):
+        parts = list(model.parts(name))
+        if any(part.own_row for _, _, part in parts):
             return f"adapter {name!r} has a gate, which is a mean over a row"
+        prefixed = any(isinstance(slot, PrefixSlot) for _, slot, _ in parts)
+        if prefixed and shape.position_embedding_type == "relative":
+            return f"adapter {name!r} puts a prefix at a distance before the row"
     return None
 
 
@@ -26,6 +37,9 @@ def bound_to_texts(model: AdapterModel) -> str | None:
 
     They do where all that is done at a token follows from the tokens before it.
     """
+    shape: Any = model.config
+    if shape.architecture != "gpt":
+        return f"a {shape.architecture} reads each row both ways"
     for name in dict.fromkeys(names(model.active)):
         if any(part.whole_row for _, _, part in model.parts(name)):
             return f"adapter {name!r} reads what comes behind a token"

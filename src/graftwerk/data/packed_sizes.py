@@ -9,7 +9,6 @@ from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 
 SIZE, SHARE = "model.data.packed_sequence_size", "model.data.share_prefixes"
-FAMILIES = ("gpt",)  # whose models keep documents of a row apart
 ROOM = 1.25  # of a T5's targets, over what goes with sources that fill their rows
 
 
@@ -43,9 +42,6 @@ class Packing:
             return None
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"{SIZE}={size!r}; allowed: a whole number from 1, or null")
-        family = "gpt" if shape is None else shape.architecture
-        if family not in FAMILIES:
-            raise UserError(f"{SIZE}={size}: rows of a {family} are not packed: set it to null")
         return cls(size, share)
 
     def room(self, rows: AnswerDataset, key: str) -> tuple[int, ...]:

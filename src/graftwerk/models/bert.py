@@ -35,6 +35,7 @@ class BERT(Transformer):
         token_types: Tensor | None = None,
         select: Tensor | None = None,
         *,
+        spans: Tensor | None = None,
         task_ids: Tensor | None = None,
         record: Record | None = None,
         chance: Tensor | None = None,
@@ -48,21 +49,28 @@ class BERT(Transformer):
                 document without padding.
             token_types: [B, S]; None: all 0.
             select: [N] flat indices into B*S that reach the head (`masked_lm`, `tagging`, none).
+            spans: [D, 2] of each document that an answer is marked in its row and its number there
+                (`question_answering`). None: each row is one.
             task_ids, record, chance: as in `GPT.forward`.
 
         Returns:
             No head: [B, S, h]. `masked_lm`: [B, S, V]. `tagging`: [B, S, labels]; each [N, ...]
             under `select`. `classification`: [B, labels]. `question_answering`: [2 B, S], start
-            scores of all rows, then end scores; -inf at padding. n times as many rows under a
-            `Parallel` of n.
+            scores of all rows, then end scores; -inf at padding; under `spans` [2 D, S], and -inf
+            in other documents. n times as many rows under a `Parallel` of n.
         """
         how = {"task_ids": task_ids, "record": record, "chance": chance}
         start = self.begin(tokens, positions, documents, token_types, **how)
         x, flow = self._run(start)
-        return self.answer(x[:, start.columns :], flow, select, documents)
+        return self.answer(x[:, start.columns :], flow, select, documents, spans)
 
     def answer(
-        self, x: Tensor, flow: Flow, select: Tensor | None, documents: Tensor | None = None
+        self,
+        x: Tensor,
+        flow: Flow,
+        select: Tensor | None,
+        documents: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """States behind the last norm [B, S, h] -> what the head makes of them, as `forward` gives
         it."""
@@ -72,8 +80,13 @@ class BERT(Transformer):
         if kind == "question_answering":
             scores = self._answer(x, flow)
             if documents is not None:
-                padding = (documents < 0).repeat(len(x) // len(documents), 1)
-                scores = scores.masked_fill(padding[..., None], float("-inf"))
+                elsewhere = documents < 0
+                if spans is not None:
+                    rows, numbers = spans.T
+                    elsewhere = documents[rows] != numbers[:, None]
+                    scores = scores.unflatten(0, (-1, len(documents)))[:, rows].flatten(0, 1)
+                elsewhere = elsewhere.repeat(self.width, 1)
+                scores = scores.masked_fill(elsewhere[..., None], float("-inf"))
             return scores.permute(2, 0, 1).flatten(0, 1)
         if isinstance(self.head, MaskedLMHead):
             inverse = self.lm_input if self.reads_words(flow) else None

@@ -62,9 +62,7 @@ def same_document(documents: Tensor, virtual: int = 0) -> Tensor:
     are means over all positions. `virtual` columns are put in front, which all see and which see
     themselves alone, or the row where it is one document.
     """
-    seen = (documents == 0).any(1, True)  # a row without document 0 is padding alone
-    asking = torch.where((documents < 0) & seen, 0, documents)
-    mask = asking[:, :, None] == documents[:, None, :]
+    mask = of_documents(documents, documents)
     if virtual:
         mask = nn.functional.pad(mask, (virtual, 0), value=True)
         real = documents >= 0
@@ -72,6 +70,16 @@ def same_document(documents: Tensor, virtual: int = 0) -> Tensor:
         ahead = nn.functional.pad(real & single, (virtual, 0), value=True)
         mask = torch.cat([ahead[:, None].expand(-1, virtual, -1), mask], 1)
     return mask[:, None]
+
+
+def of_documents(asking: Tensor, asked: Tensor) -> Tensor:
+    """The mask [B, S, E] in which tokens of documents `asking` [B, S] see those of `asked` [B, E].
+
+    Padding (-1) sees document 0, as somebody must be seen.
+    """
+    there = (asked == 0).any(1, True)  # a row without document 0 is padding alone
+    asking = torch.where((asking < 0) & there, 0, asking)
+    return asking[:, :, None] == asked[:, None, :]
 
 
 def rotary_angles(

@@ -9,7 +9,14 @@ from graftwerk.models.base import Start, Transformer, decoder_context
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Context, Layers
-from graftwerk.models.positions import RelativePosition, same_document, visibility
+from graftwerk.models.positions import (
+    FAR,
+    RelativePosition,
+    neighbours,
+    of_documents,
+    same_document,
+    visibility,
+)
 
 
 class T5(Transformer):
@@ -46,6 +53,7 @@ class T5(Transformer):
         *,
         source: Tensor | None = None,
         source_documents: Tensor | None = None,
+        documents: Tensor | None = None,
         task_ids: Tensor | None = None,
         record: Record | None = None,
         chance: Tensor | None = None,
@@ -56,8 +64,10 @@ class T5(Transformer):
             tokens: [B, S] the decoder's inputs, of which `decoder_start_token_id` is the first.
             positions, end, cache, select: of the decoder, as in `GPT.forward`.
             source: [B, E] the encoder's input. With a cache it is given on the first pass only.
-            source_documents: [B, E] number of each source token's document, -1 for padding; targets
-                see document 0. None: one document without padding.
+            source_documents: [B, E] number of each source token's document, -1 for padding. None:
+                one document without padding.
+            documents: [B, S] the source document that each target token is of, -1 for padding.
+                None: targets are of document 0.
             task_ids, record, chance: as in `GPT.forward`.
 
         Returns:
@@ -68,7 +78,8 @@ class T5(Transformer):
         if source is not None:
             rows = None if cache is None else cache.rows
             states = self._encode(self.begin_source(source, source_documents, rows, **how))
-        start = self.begin(tokens, positions, end, cache, states, source_documents, **how)
+        given = positions, end, cache, states, source_documents, documents
+        start = self.begin(tokens, *given, **how)
         x, flow = self._run(start)
         return self.answer(x, flow, select)
 
@@ -99,6 +110,7 @@ class T5(Transformer):
         cache: KeyValueCache | None = None,
         states: Tensor | None = None,
         source_documents: Tensor | None = None,
+        documents: Tensor | None = None,
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
@@ -115,8 +127,12 @@ class T5(Transformer):
         context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens, chance)
         if states is not None:
             if source_documents is not None:
-                seen = F.pad(source_documents == 0, (plan.virtual_tokens, 0), value=True)
-                context.states_mask = seen[:, None, None]
+                if documents is None:
+                    seen = (source_documents == 0)[:, None]
+                else:
+                    seen = of_documents(documents, source_documents)
+                seen = F.pad(seen, (plan.virtual_tokens, 0), value=True)
+                context.states_mask = seen[:, None]
             if cache is not None:
                 cache.cross_mask = context.states_mask
         elif cache is not None:
@@ -175,6 +191,10 @@ class T5(Transformer):
         virtual = plan.virtual_tokens
         source = F.pad(source, (virtual, 0))
         positions = torch.arange(source.shape[1], device=source.device)[None]
+        if documents is not None and self.embedding.position_embeddings is not None:
+            before = neighbours(documents)[0]  # each document has positions of its own
+            positions = F.pad(before.masked_fill(before == FAR, 0) + virtual, (virtual, 0))
+            positions[:, :virtual] = torch.arange(virtual, device=source.device)
         context = Context(positions, flow=self.flow(task_ids, record, rows, -virtual, chance))
         if documents is not None:
             context.documents = documents

@@ -249,7 +249,7 @@ class Pipeline:
 
     def _through(self, inputs: Mapping[str, Any], received: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the next stage gets, or on the last one the result."""
-        given = {key: value for key, value in inputs.items() if key != "select"}
+        given = {key: value for key, value in inputs.items() if key not in ("select", "spans")}
         select = inputs.get("select")
         if isinstance(self.model, T5):
             return self._through_t5(self.model, given, select, received)
@@ -263,7 +263,7 @@ class Pipeline:
         if isinstance(model, GPT):
             return [model.answer(*start.own(x, context), select)]
         x, flow = start.own(model.encoder.finish(x), context)
-        return [model.answer(x, flow, select, given.get("documents"))]
+        return [model.answer(x, flow, select, given.get("documents"), inputs.get("spans"))]
 
     def _through_t5(
         self, model: T5, given: dict[str, Any], select: Any, received: Sequence[Tensor]

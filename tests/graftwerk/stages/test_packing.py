@@ -3,14 +3,12 @@
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from graftwerk.adapters import BatchSplit, LoRAConfig, PrefixTuningConfig, ReftConfig, Split
 from graftwerk.checkpoints.adapter import read_adapters
 from graftwerk.data.datamodule import AnswerDataModule
-from graftwerk.data.packed_sizes import Packing
 from graftwerk.errors import UserError
 from graftwerk.stages import learning
 from graftwerk.training.learner import open_base, tokenizer_of
@@ -20,6 +18,7 @@ from tests.graftwerk.stages.test_layouts import (
     assert_alike,
     at,
     columns,
+    of_family,
     on_processes,
     peft,
     weights,
@@ -118,12 +117,6 @@ def test_packed_rows_need_no_global_batch_that_micro_batches_divide(paragraphs):
     assert [sum(batch.num_rows for batch in step) for step in steps] == [7, 7, 7, 3]
 
 
-def test_a_family_that_does_not_keep_documents_apart_is_refused(paragraphs):
-    shape = SimpleNamespace(architecture="bert")
-    with pytest.raises(UserError, match="rows of a bert are not packed"):
-        Packing.of({"packed_sequence_size": 64}, shape)  # pyright: ignore
-
-
 def with_adapters(composition=None, **methods):
     model = tiny_gpt()
     for name, method in methods.items():
@@ -206,3 +199,22 @@ def test_any_layout_learns_from_the_same_packed_rows_with_dropout(
     for config in runs.values():
         assert columns(config) == [pytest.approx(row, rel=1e-4) for row in columns(alone)]
         assert_alike(weights(config), weights(alone), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_a_packed_run_of_another_family_is_the_padded_one(family, peft, tmp_path):
+    made = of_family(peft, family, tmp_path)
+    made.model.peft.update({"peft_scheme": "lora,adapter,ia3"})
+    for block in ("lora_tuning", "adapter_tuning"):
+        made.model.peft[block].adapter_dropout = 0.0
+    made.trainer.max_steps = 3
+    padded, packed = at(made, tmp_path / "padded"), at(made, tmp_path / "packed")
+    packed.model.data.packed_sequence_size = 48
+    for config in (padded, packed):
+        assert learning.run("peft", config) == learning.DONE
+    assert columns(packed) == [pytest.approx(row, rel=1e-4) for row in columns(padded)]
+    found, expected = (  # the bias of start and end scores moves no probability
+        {name: value for name, value in weights(config).items() if "out_proj.bias" not in name}
+        for config in (packed, padded)
+    )
+    assert_alike(found, expected, 1e-3)
