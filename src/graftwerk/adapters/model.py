@@ -121,10 +121,7 @@ class AdapterModel(nn.Module):
             part.attach(self.get_submodule(path.rpartition(".")[0]))
         replaced = {key: p for key, p in self.base_parameters() if config.replaces(key)}
         if not made and not replaced:
-            raise UserError(
-                f"adapter {name!r}: {type(config).__name__} with layer_selection="
-                f"{config.layer_selection} has no place in this model"
-            )
+            raise UserError(f"adapter {name!r}: {config.places_asked()} has no place in this model")
         for _, slot, part in made:
             part.adapter = name
             name_dropouts(part, f"{slot.key}.{name}")

@@ -141,6 +141,10 @@ class MethodSettings:
         if not self.weight_tying:
             raise UserError(f"{key} tells tied layers apart: set weight_tying=True, or null here")
 
+    def places_asked(self) -> str:
+        """Where the method's parts are to go, for an error where there is no such place."""
+        return f"{type(self).__name__} with layer_selection={self.layer_selection}"
+
     @property
     def columns(self) -> int:
         """Virtual tokens that the method puts before every row."""

@@ -232,6 +232,8 @@ def test_selected_layers_alone_get_parts():
     with pytest.raises(UserError, match=r"layer_selection=\(9,\) has no place in this model"):
         model.add_adapter("b", BottleneckConfig(layer_selection=(9,)))
     assert "b" not in model.adapters
+    with pytest.raises(UserError, match=r"the names norms \(.*\) has no place in this model"):
+        model.add_adapter("b", SelectiveConfig(parameters=("norms",)))
     chosen = SelectiveConfig(parameters=("*.mlp.linear_fc1.weight",), layer_selection=(2,))
     model.add_adapter("c", chosen)
     assert list(model.adapter_state("c")) == ["decoder.layers.1.mlp.linear_fc1.weight"]

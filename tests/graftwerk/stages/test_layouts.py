@@ -1,7 +1,9 @@
 """A learning stage on two processes, by tensor, pipeline or data, against the same on one."""
 
 import os
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,13 +75,15 @@ def process(rank: int, count: int, port: int, runs: list[tuple[str, dict]]) -> N
     dist.destroy_process_group()
 
 
-def on_processes(count: int, runs: list[tuple[str, DictConfig]]) -> None:
+def on_processes(
+    count: int, runs: list[tuple[str, DictConfig]], each: Callable[..., None] = process
+) -> None:
     """Several stages, of which each process runs one after the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     plain = [(stage, OmegaConf.to_container(config)) for stage, config in runs]
-    mp.spawn(process, (count, port, plain), nprocs=count)
+    mp.spawn(each, (count, port, plain), nprocs=count)
 
 
 def weights(cfg: DictConfig) -> dict[str, torch.Tensor]:
@@ -189,3 +193,27 @@ def test_every_layout_learns_what_one_process_learns(
         assert learning.run("peft", on) == 0
         torch.testing.assert_close(columns(on), columns(alone), rtol=5e-5, atol=1e-6)
         assert_alike(weights(on), weights(alone), 5e-5)
+
+
+@pytest.mark.long
+def test_one_checkpoint_makes_the_same_bytes_under_any_layout(peft: DictConfig, tmp_path: Path):
+    """Runs with all steps behind them, which only write their result."""
+    alone = at(peft, tmp_path / "alone")
+    assert learning.run("peft", alone) == 0
+    runs = {name: as_layout(at(peft, tmp_path / name), name) for name in LAYOUTS}
+    for config in runs.values():
+        folder = Path(config.exp_manager.explicit_log_dir)
+        shutil.copytree(
+            Path(alone.exp_manager.explicit_log_dir) / "checkpoints", folder / "checkpoints"
+        )
+    on_processes(2, [("peft", config) for config in runs.values()])
+    written = contents(alone)
+    assert written
+    for name, config in runs.items():
+        assert contents(config) == written, name
+
+
+def contents(cfg: DictConfig) -> dict[str, bytes]:
+    """The files of what a stage has written, by name."""
+    result = Path(cfg.model.nemo_path)
+    return {path.name: path.read_bytes() for path in result.iterdir()}

@@ -241,6 +241,8 @@ class HubLoRA(Gated):
     def attach(self, sublayer: nn.Module) -> None:
         if self.m is not None:
             self.projection.attach(sublayer)
+            if not self.projection.here:
+                return
             weight = self.projection.weight().detach().float()
             lengths = self.projection.lengths(torch.zeros_like(weight), self.ranks)
             with torch.no_grad():

@@ -224,8 +224,9 @@ class DoRA(LoRA):
 
     def attach(self, sublayer: nn.Module) -> None:
         self.projection.attach(sublayer)
-        with torch.no_grad():
-            self.magnitude.copy_(self.projection.lengths(self.delta(), self.ranks))
+        if self.projection.here:
+            with torch.no_grad():
+                self.magnitude.copy_(self.projection.lengths(self.delta(), self.ranks))
 
     def forward(self, call: SlotCall) -> Tensor:
         gain = (self.magnitude / self.length()).to(call.output.dtype)

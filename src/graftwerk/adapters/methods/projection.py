@@ -37,6 +37,11 @@ class Projection:
             )
 
     @property
+    def here(self) -> bool:
+        """Whether this process has the weights; those of another stage of a pipeline it has not."""
+        return not self.linear.weight.is_meta
+
+    @property
     def linear(self) -> nn.Linear:
         """The whole projection."""
         assert self._sublayer is not None, "a part is attached when it is added to a model"

@@ -25,6 +25,10 @@ class SelectiveConfig(MethodSettings):
                 "the base, such as '*.mlp.linear_fc2.bias' or '*layernorm*'"
             )
 
+    def places_asked(self) -> str:
+        said = f"{super().places_asked()} and the names {', '.join(self.parameters)}"
+        return f"{said} (of parameters: whole parts of their names, or patterns with *)"
+
     def create(self, site: Site) -> Part | None:
         """None: the method has no parts."""
         return None
