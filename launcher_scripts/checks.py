@@ -30,6 +30,7 @@ from launcher_scripts.paths import check_paths
 from launcher_scripts.schema import CLUSTERS, PREP_KINDS, Root, stage_schema
 from launcher_scripts.shapes import Shape, read_shape
 from launcher_scripts.stages import BASES, STAGES, files_of, fill_auto, fill_export
+from launcher_scripts.sweep_points import check_kept
 from launcher_scripts.tuning import check_scored, check_tuning
 from launcher_scripts.validate import UNKNOWN, check, fields_of, nearest, shown
 
@@ -292,6 +293,7 @@ class _Check:
         if STAGES[name].adapts:
             shape = self._base_shape(_base_path(model))
             check_tuning(name, model, shape, self.report, self.notices)
+            check_kept(name, plain, self.report)
         elif name == "eval":
             check_scored(model, self._base_shape(_base_path(model)), self.report)
 

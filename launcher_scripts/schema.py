@@ -577,6 +577,7 @@ class Peft:
     adapter_names: str | list[AdapterName] | None = None
     adapters: list[Frozen] = field(default_factory=list)
     composition: str | None = None
+    sweep: list[dict[str, Any]] | dict[str, list[Any]] | None = None
     adapter_drop: AdapterDrop = field(default_factory=AdapterDrop)
     restore_from_path: Path | None = None
     adapter_tuning: AdapterTuning = field(default_factory=AdapterTuning)

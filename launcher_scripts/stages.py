@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from launcher_scripts.tuning import left_under_composition
+from launcher_scripts.sweep_points import point_path, swept
+from launcher_scripts.tuning import left_under_composition, schemes_of
 
 Paths = Callable[[DictConfig], list[str]]
 # The keys that name a stage's base: ours, and that of NeMo's PEFT scripts.
@@ -84,6 +85,14 @@ def _model(cfg: DictConfig) -> list[str]:
     return _each(cfg.model, "nemo_path")
 
 
+def _tuned(cfg: DictConfig) -> list[str]:
+    """What stage peft writes: of a sweep each point besides the best one."""
+    peft: Any = OmegaConf.to_container(cfg.model.peft, resolve=True)
+    names = swept(peft, schemes_of(peft.get("peft_scheme")))
+    paths = _model(cfg)
+    return [*paths, *(point_path(path, name) for path in paths for name in names)]
+
+
 def _eval_reads(cfg: DictConfig) -> list[str]:
     lists = [OmegaConf.select(cfg, f"model.{key}") for key in ("adapters", "models")]
     paths = [str(each["path"]) for found in lists if found not in (None, "auto") for each in found]
@@ -121,7 +130,7 @@ STAGES: dict[str, Stage] = {
         Stage("training", True, False, True, _learning_reads, _model),
         Stage("conversion", False, False, False, _conversion_reads, _converted),
         Stage("fine_tuning", True, True, True, _learning_reads, _model),
-        Stage("peft", True, True, True, _learning_reads, _model),
+        Stage("peft", True, True, True, _learning_reads, _tuned),
         Stage("adapter_learning", True, True, True, _learning_reads, _model),
         Stage("ia3_learning", True, True, True, _learning_reads, _model),
         Stage("eval", False, False, True, _eval_reads, _eval_writes),

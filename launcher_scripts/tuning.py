@@ -6,6 +6,7 @@ from launcher_scripts.complete import short
 from launcher_scripts.compositions import UNFIT, Tree, blocks_in, names_in, read
 from launcher_scripts.schema import Peft
 from launcher_scripts.shapes import Shape
+from launcher_scripts.sweep_points import check_points, point_path, swept
 from launcher_scripts.validate import Report, closest, default_of, fields_of, shown
 
 # A scheme and its block of settings.
@@ -54,9 +55,6 @@ def check_tuning(
     names = schemes_of(given)
     if not _known(f"{key}.peft.peft_scheme", names, report):
         return
-    for block in dict.fromkeys(BLOCKS[scheme] for scheme in names):
-        if block is not None:
-            _layers(f"{key}.peft.{block}", peft.get(block), shape, report)
     idle = [
         block
         for block in dict.fromkeys(BLOCKS.values())
@@ -67,9 +65,18 @@ def check_tuning(
     if idle:
         said = ", ".join(short(f"{key}.peft.{block}") for block in idle)
         notices.append(f"{name}: without effect, since peft_scheme is {','.join(names)}: {said}")
-    _together(f"{key}.peft", peft, names, report)
+    points = [peft]
+    if peft.get("sweep") is not None:
+        points = check_points(name, model, names, BLOCKS[names[0]], report)
+        if not points:  # composed of nothing that could be looked at
+            return
+    for point in points:
+        for block in dict.fromkeys(BLOCKS[scheme] for scheme in names):
+            if block is not None:
+                _layers(f"{key}.peft.{block}", point.get(block), shape, report)
+        _together(f"{key}.peft", point, names, report)
+        _room(key, model, point, names, report)
     _composed(f"{key}.peft", peft, names, report)
-    _room(key, model, peft, names, report)
 
 
 def _known(key: str, names: list[str], report: Report) -> bool:
@@ -122,10 +129,13 @@ def _together(key: str, peft: dict[str, Any], schemes: list[str], report: Report
 def _composed(key: str, peft: dict[str, Any], schemes: list[str], report: Report) -> None:
     """What is trained and what is frozen are the adapters of the composition."""
     methods = [scheme for scheme in schemes if scheme not in ("fusion", "none")]
-    trained = _trained(f"{key}.adapter_names", peft.get("adapter_names"), methods, report)
+    trained = swept(peft, schemes)
+    trained = trained or _trained(
+        f"{key}.adapter_names", peft.get("adapter_names"), methods, report
+    )
     items = peft.get("adapters")
     frozen = [str(each.get("name")) for each in items or [] if isinstance(each, dict)]
-    given = peft.get("composition")
+    given = None if peft.get("sweep") is not None else peft.get("composition")
     for name in {name for name in frozen if frozen.count(name) > 1 or name in trained}:
         report(f"{key}.adapters", f"{name} must name one adapter, and none that is trained here")
     if schemes == ["none"]:
@@ -160,11 +170,16 @@ def left_under_composition(
     """
     names = schemes_of(peft.get("peft_scheme"))
     frozen, given = peft.get("adapters") or [], peft.get("composition")
-    if not (frozen or given or "fusion" in names) or "none" in names:
+    points = swept(peft, names)
+    if not (frozen or given or points or "fusion" in names) or "none" in names:
         return None
     methods = [scheme for scheme in names if scheme != "fusion"]
     trained = _trained("", peft.get("adapter_names"), methods, lambda key, what: None)
     items = [{"name": str(each["name"]), "path": str(each["path"])} for each in frozen]
+    if points:
+        members = [*(each["name"] for each in items), f"Parallel({', '.join(points)})"]
+        items += [{"name": name, "path": point_path(path, name)} for name in points]
+        return items, members[0] if len(members) == 1 else f"Stack({', '.join(members)})"
     members = [*(each["name"] for each in items), *trained]
     block = "Fuse" if "fusion" in names else "Stack"
     plain = members[0] if len(members) == 1 else f"{block}({', '.join(members)})"

@@ -4,8 +4,8 @@ The method is data: a stage's name and its `model` section say what is trained; 
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from graftwerk.parallel import fsdp
 from graftwerk.parallel.mesh import Mesh
 from graftwerk.parallel.placement import Placement
 from graftwerk.parallel.recompute import recompute
+from graftwerk.training.best_of_each import BestOfEach, best_of
 from graftwerk.training.goal import Goal
 from graftwerk.training.learner import (
     Learner,
@@ -42,9 +43,17 @@ from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
 from graftwerk.training.peers import Peers
 from graftwerk.training.progress import Progress
-from graftwerk.training.result import check_whole, is_nemo, write_result
+from graftwerk.training.result import (
+    check_whole,
+    is_nemo,
+    point_path,
+    told,
+    write_points,
+    write_result,
+)
 from graftwerk.training.stopping import Interrupted
 from graftwerk.training.summary import peak_memory, show
+from graftwerk.training.sweep import check_sweep
 from graftwerk.training.trainer import (
     CheckpointCallbacks,
     Steps,
@@ -126,7 +135,8 @@ def train(
     if world.rank == 0:
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
-        remove_leftovers(result.parent, (result.name,))
+        points = [point_path(result, point.name).name for point in learner.sweep]
+        remove_leftovers(result.parent, (result.name, *points))
     resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
     module, trainer, callbacks = assemble(
         stage, cfg, learner, data, steps, world, device, folder, resumed, build, mesh
@@ -139,11 +149,11 @@ def train(
     except Interrupted as reason:
         return _interrupted(say, reason, callbacks.last.path, trainer.global_step)
     val_loss = restore_best(cfg.exp_manager, module, trainer, callbacks)
-    counts = sizes(module, learner)
+    counts, step = sizes(module, learner), trainer.global_step
+    points = {} if callbacks.each is None else callbacks.each.found(step)
     module.placement.make_whole()
     if world.rank == 0:
-        step = trainer.global_step
-        summary = finish(stage, cfg, learner, module, data, device, step, val_loss, counts)
+        summary = finish(stage, cfg, learner, module, data, device, step, val_loss, counts, points)
         write_json(folder / "summary.json", summary)
         show(summary)
     return DONE
@@ -175,6 +185,8 @@ def check(stage: str, cfg: DictConfig, world: World) -> None:
             f"model.nemo_path={model.nemo_path}: stage training writes a folder; leave out `.nemo`"
         )
     base_of(model)
+    if Goal.of(model, stage).sweep:
+        check_sweep(cfg)
     if Goal.of(model, stage).whole and (start := start_of(model)):
         raise UserError(
             f"model.restore_path={start}: the whole model is trained, from the weights of "
@@ -187,11 +199,13 @@ def check_room(
 ) -> None:
     """Raises a UserError where checkpoints and result would not find room on the disk.
 
-    A checkpoint has each trained weight and two numbers of the optimizer's beside it.
+    A checkpoint has each trained weight and two numbers of the optimizer's beside it; of a sweep
+    the best weights too.
     """
     weights = sum(parameter.nbytes for parameter in module.trained.values())
     there = sum(file.lstat().st_size for file in (folder / "checkpoints").glob("*.ckpt"))
-    check_space(folder, weights + 3 * weights * callbacks.most_files() - there)
+    each = (4 if module.settings.sweep else 3) * weights
+    check_space(folder, weights + each * callbacks.most_files() - there)
     check_space(path, weights)
 
 
@@ -273,6 +287,7 @@ def assemble(
         autocast=learner.autocast,
         monitor=sched.get("monitor") or "val_loss",
         drop=learner.drop,
+        sweep=learner.sweep,
     )
     module = LearningModule(learner.model, settings, placement)
     limit = cfg.trainer.get("limit_val_batches")
@@ -282,10 +297,19 @@ def assemble(
             "model.optim.sched.name=ReduceLROnPlateau needs validation: give "
             "model.data.validation_ds"
         )
+    if not validates and learner.sweep:
+        raise UserError(
+            "model.peft.sweep needs validation to tell the points apart: give "
+            "model.data.validation_ds"
+        )
     name = cfg.exp_manager.get("name") or "checkpoint"
     callbacks = CheckpointCallbacks.of(
         cfg.exp_manager, folder / "checkpoints", validates, name, world
     )
+    if learner.sweep:
+        params = cfg.exp_manager.get("checkpoint_callback_params") or {}
+        keeps = callbacks.top is not None and bool(params.get("save_best_model"))
+        callbacks = replace(callbacks, each=BestOfEach(module, learner.adapters, keeps))
     trainer = build(
         cfg,
         world=world,
@@ -345,8 +369,12 @@ def restore_best(
 ) -> float | None:
     """With `save_best_model` puts the best weights back; returns the validation loss of what stays.
 
-    None where these weights have not been validated.
+    None where these weights have not been validated. Of a sweep, whose points have each their own
+    best weights, it is the lowest loss.
     """
+    if callbacks.each is not None:
+        callbacks.each.restore()
+        return best_of(callbacks.each.found(trainer.global_step))[1]
     params = manager.get("checkpoint_callback_params") or {}
     best = callbacks.top.best_path() if callbacks.top is not None else None
     if best is not None and params.get("save_best_model"):
@@ -366,16 +394,26 @@ def finish(
     steps: int,
     val_loss: float | None,
     counts: tuple[int, int],
+    points: Mapping[str, tuple[int, float | None]] | None = None,
 ) -> dict[str, Any]:
-    """Writes the model or adapter and returns the summary; `counts` are those of `sizes`."""
+    """Writes the model or adapter and returns the summary.
+
+    `counts` are those of `sizes`, `points` those that `BestOfEach` has found in a sweep.
+    """
     model, path = learner.model, Path(str(cfg.model.nemo_path))
     trained, total = counts
-    size = write_result(learner, path, {"base": learner.base, "stage": stage, "steps": steps})
+    extra = {"base": learner.base, "stage": stage, "steps": steps}
+    sweep = []
+    if points:
+        sweep = told(learner, cfg.model.optim.get("lr") or DEFAULTS["lr"], points, path)
+        size = write_points(learner, path, best_of(points)[0], extra)
+    else:
+        size = write_result(learner, path, extra)
     methods = [model.adapter_config(name)["method"] for name in learner.adapters]
     methods += [type(model.fusions[key]).__name__ for key in learner.fusions]
     return {
         "stage": stage,
-        "method": ", ".join(methods) or None,
+        "method": ", ".join(methods[:1] if sweep else methods) or None,
         "base": learner.base,
         "adapter": str(path),
         "trainable_parameters": trained,
@@ -387,5 +425,6 @@ def finish(
         "peak_memory_bytes": peak_memory(device),
         "val_loss": val_loss,
         "rows": {name: report.as_dict() for name, report in data.report.items()},
+        "sweep": sweep or None,
         "packing": None if data.packing_report is None else data.packing_report.as_dict(),
     }

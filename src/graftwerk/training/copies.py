@@ -39,6 +39,12 @@ def names_of_copies(composition: Composition | str | None) -> list[str]:
     return [f"{word}_{n}" if words.count(word) > 1 else word for n, word in enumerate(words, 1)]
 
 
+def owner_of(parameter: str) -> str | None:
+    """The adapter or fusion that a parameter belongs to, by the parameter's name."""
+    found = _OWNER.search(parameter)
+    return found[1] if found else None
+
+
 def by_owner(composition: Composition | str | None, trained: Iterable[str]) -> list[list[str]]:
     """Names of trained parameters, those together that learn from the same copies of the batch.
 
@@ -50,7 +56,7 @@ def by_owner(composition: Composition | str | None, trained: Iterable[str]) -> l
     members = [{*names(one), *(fuse.name for fuse in fusions(one))} for one in each]
     groups: dict[tuple[int, ...], list[str]] = {}
     for name in trained:
-        owner = _OWNER.search(name)
-        seen = tuple(n for n, own in enumerate(members) if owner and owner[1] in own)
+        owner = owner_of(name)
+        seen = tuple(n for n, own in enumerate(members) if owner in own)
         groups.setdefault(seen, []).append(name)
     return list(groups.values())

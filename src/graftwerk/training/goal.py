@@ -1,7 +1,7 @@
 """What a learning stage trains: the whole model, or adapters and fusions under a composition."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from graftwerk.adapters.composition import (
     Composition,
     Fuse,
     MultiTask,
+    Parallel,
     below,
     columns,
     fusions,
@@ -23,6 +24,7 @@ from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.frozen import columns_of, read_frozen
+from graftwerk.training.sweep import Point, points_of
 
 KEY = "model.peft.composition"
 UNFIT: dict[type[Composition], str] = {
@@ -41,6 +43,7 @@ class Goal:
         frozen: files of adapters and fusions of earlier stages, by name.
         composition: what is active in training.
         drop: the layers in which adapters do nothing.
+        sweep: the points of a sweep in one pass, which are all that is trained.
     """
 
     methods: list[tuple[str, MethodConfig]]
@@ -48,6 +51,7 @@ class Goal:
     frozen: Mapping[str, str] = field(default_factory=dict)
     composition: Composition | str | None = None
     drop: LayerChoice | None = None
+    sweep: tuple[Point, ...] = ()
 
     @classmethod
     def of(cls, model: Any, stage: str) -> "Goal":
@@ -56,7 +60,9 @@ class Goal:
         Raises:
             UserError: for keys and values that do not go together.
         """
-        methods = methods_from_config(model, stage)
+        sweep = points_of(model) if stage == "peft" else ()
+        methods = [(point.name, point.method) for point in sweep]
+        methods = methods or methods_from_config(model, stage)
         peft = (model.get("peft") or {}) if stage == "peft" else {}
         fusion = None
         if FUSION in (schemes(peft) if stage == "peft" else ()):
@@ -70,6 +76,7 @@ class Goal:
             frozen,
             None if given is None else parse(str(given)),
             _drop(peft.get("adapter_drop"), model.get("seed", 0)),
+            sweep,
         )
         if len(frozen) < len(items):
             raise UserError("model.peft.adapters: two of them have one name: name each once")
@@ -138,7 +145,10 @@ class Goal:
         return goal
 
     def _plain(self) -> Composition | str:
-        """What is meant by no composition: frozen adapters, then trained ones, in one `Stack`."""
+        """What is meant by no composition: frozen adapters, then trained ones, in one `Stack`.
+
+        Those of a sweep are side by side.
+        """
         members = [*self.frozen, *self.trained]
         if self.fusion is not None:
             if self.trained or not self.frozen:
@@ -147,10 +157,13 @@ class Goal:
                     f'as "Fuse(a, b)"'
                 )
             return Fuse(*members)
+        if self.sweep:
+            beside = Parallel(*self.trained)
+            return Stack(*self.frozen, beside) if self.frozen else beside
         return members[0] if len(members) == 1 else Stack(*members)
 
     def _with(self, composition: Composition | str) -> "Goal":
-        return Goal(self.methods, self.fusion, self.frozen, composition, self.drop)
+        return replace(self, composition=composition)
 
     def _check_members(self) -> None:
         trained, frozen, used = self.trained, list(self.frozen), list(names(self.composition))

@@ -44,6 +44,7 @@ class GradientBucket:
         for name, parameter in parameters.items():
             parameter.grad = views[name].view_as(parameter)
         self.groups = [[views[n] for n in names if n in views] for names in groups or [[*views]]]
+        self.norms = torch.zeros(len(self.groups), device=device)  # of the last step, by group
         self.partial, self.shared = [], []  # of which other processes have a summand
         self.counted = self.groups
         if placement is not None and self.mesh.model_parallel:
@@ -71,7 +72,7 @@ class GradientBucket:
         The norm is of all gradients together, or of each group; what is returned is of all. Nothing
         waits for the device.
         """
-        norms = self._norms()
+        norms = self.norms = self._norms()
         if limit > 0:
             for group, norm in zip(self.groups, norms, strict=True):
                 factor = (limit / (norm + 1e-6)).clamp(max=1.0)

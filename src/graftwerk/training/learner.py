@@ -24,6 +24,7 @@ from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.base import Base, revision_of
 from graftwerk.training.frozen import add_frozen, check_fusions
 from graftwerk.training.goal import KEY, Goal, check_layers, check_selection
+from graftwerk.training.sweep import Point
 from graftwerk.training.trainer import precision_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Learner:
     """A model with its trained parts unfrozen.
 
     `adapters` and `fusions` are those that are trained; neither: all of the model is. `drop`: the
-    layers that each step leaves out.
+    layers that each step leaves out. `sweep`: the points that the adapters are.
     """
 
     model: GPT | T5 | BERT
@@ -45,6 +46,7 @@ class Learner:
     autocast: bool
     fusions: list[str] = field(default_factory=list)
     drop: LayerChoice | None = None
+    sweep: tuple[Point, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -150,7 +152,7 @@ def build_learner(
     model = base.load(kind, place, model_cfg.seed, "nf4" if four_bits else None, mesh)
     drop = _compose(model, goal, model_cfg)
     fusions = goal.fusions_to_train()
-    return Learner(model, tokenizer, goal.trained, base.path, mixed, fusions, drop)
+    return Learner(model, tokenizer, goal.trained, base.path, mixed, fusions, drop, goal.sweep)
 
 
 def _compose(model: GPT | T5 | BERT, goal: Goal, model_cfg: DictConfig) -> LayerChoice | None:
@@ -160,8 +162,11 @@ def _compose(model: GPT | T5 | BERT, goal: Goal, model_cfg: DictConfig) -> Layer
     """
     add_frozen(model, goal.frozen, goal.files, [goal.composition], "model.peft.adapters")
     torch.manual_seed(model_cfg.seed)
+    seeds = {point.name: point.seed for point in goal.sweep}
     for name, method in goal.methods:
         check_selection(model.config, method)
+        if name in seeds:  # each is born as it would be alone
+            torch.manual_seed(seeds[name])
         model.add_adapter(name, method)
     fusions = goal.fusions_to_train()
     for key in fusions:

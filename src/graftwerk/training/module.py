@@ -1,7 +1,7 @@
 """The LightningModule: one training step is one optimizer step, whatever lies inside it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,13 @@ from graftwerk.errors import UserError
 from graftwerk.parallel.placement import Placement
 from graftwerk.parallel.vocabulary import Vocabulary, split_logits
 from graftwerk.training.adapter_drop import LayerChoice
-from graftwerk.training.copies import by_copy, by_owner, for_copies, names_of_copies
+from graftwerk.training.copies import by_copy, by_owner, for_copies, names_of_copies, owner_of
 from graftwerk.training.gradients import GradientBucket
 from graftwerk.training.loggers import MetricsCSV
 from graftwerk.training.loss import answer_loss, label_losses
 from graftwerk.training.optim import build_optimizer
 from graftwerk.training.schedules import build_schedule
+from graftwerk.training.sweep import Point
 
 # What travels with the gradients, and what validation sums.
 LOSS, WEIGHT, ROWS, TOKENS, STOP = range(5)
@@ -48,6 +49,7 @@ class TrainingSettings:
         autocast: run forward passes under bfloat16 autocast (weights stay float32).
         monitor: the metric that a ReduceLROnPlateau schedule watches.
         drop: the layers in which adapters do nothing, chosen anew for each step.
+        sweep: the adapters that have learning rates and decays of their own.
     """
 
     optim: Mapping[str, Any]
@@ -60,6 +62,7 @@ class TrainingSettings:
     autocast: bool = False
     monitor: str = "val_loss"
     drop: LayerChoice | None = None
+    sweep: Sequence[Point] = ()
 
 
 class LearningModule(pl.LightningModule):
@@ -93,6 +96,7 @@ class LearningModule(pl.LightningModule):
         # A fusion's temperature moves with training too.
         self.moved = {n: b for n, b in model.named_buffers() if ".fusion_layer." in n}
         self.copies = names_of_copies(getattr(model, "active", None))
+        self.diverged: set[str] = set()  # points of a sweep whose numbers are none any more
         self.seconds_before = 0.0  # of the runs that this one goes on from
         self.started = time.monotonic()
         self.reported = False
@@ -102,11 +106,15 @@ class LearningModule(pl.LightningModule):
     # ---- set-up
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.settings.optim, self.trained.values())
+        apart = [
+            (point.optim, [p for n, p in self.trained.items() if owner_of(n) == point.name])
+            for point in self.settings.sweep
+        ]
+        optimizer = build_optimizer(self.settings.optim, self.trained.values(), apart)
         schedule = build_schedule(
             self.settings.optim.get("sched"),
             optimizer,
-            float(optimizer.param_groups[0]["lr"]),
+            [float(group["lr"]) for group in optimizer.param_groups],
             self.settings.max_steps,
         )
         scheduler = {"scheduler": schedule, "interval": "step", "monitor": self.settings.monitor}
@@ -124,11 +132,12 @@ class LearningModule(pl.LightningModule):
                 logger.add_columns(
                     [f"val_loss_{name}" for name in (*names, *(f"of_{n}" for n in self.copies))]
                 )
+                logger.add_columns([f"lr_of_{point.name}" for point in self.settings.sweep])
         self.paused = 0.0  # seconds of validation within the window
 
     def on_train_start(self) -> None:
-        groups = by_owner(getattr(self.model, "active", None), self.everywhere)
-        self.bucket = GradientBucket(self.trained, SUMS, groups, self.placement, self.device)
+        self.owned = by_owner(getattr(self.model, "active", None), self.everywhere)
+        self.bucket = GradientBucket(self.trained, SUMS, self.owned, self.placement, self.device)
         self.started = self.window_start = time.monotonic()
         self._set_modes()
 
@@ -163,14 +172,14 @@ class LearningModule(pl.LightningModule):
         self.bucket.gradients.div_(sums[WEIGHT])
         norm = self.bucket.clip(settings.gradient_clip_val)
         self.window += sums
-        rate = optimizer.param_groups[0]["lr"]
+        rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.step()
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau | list | None):
             scheduler.step()
         # The first step too: something to see at once, and a loss that a checkpoint may monitor.
         if self.global_step % settings.log_every_n_steps == 0 or not self.reported:
-            self._report(sums[LOSS] / sums[WEIGHT], norm, rate)
+            self._report(sums[LOSS] / sums[WEIGHT], norm, rates)
 
     def _seed(self, seed: int) -> None:
         # `torch.manual_seed` asks every back end; without a GPU that costs more than a small step.
@@ -230,12 +239,13 @@ class LearningModule(pl.LightningModule):
         sums[ROWS] += micro.num_rows
         sums[TOKENS] += micro.num_tokens
 
-    def _report(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+    def _report(self, loss: Tensor, norm: Tensor, rates: list[float]) -> None:
         # The only place of a step that waits for the device.
         train_loss, grad_norm, rows, tokens = torch.stack(
             [loss, norm, self.window[ROWS], self.window[TOKENS]]
         ).tolist()
-        if not np.isfinite(train_loss) or not np.isfinite(grad_norm):
+        broken = not np.isfinite(train_loss) or not np.isfinite(grad_norm)
+        if broken and not self._others_go_on():
             raise FloatingPointError(
                 f"step {self.global_step}: train_loss is {train_loss}, the gradients' norm "
                 f"{grad_norm}: lower model.optim.lr, or set trainer.precision: 32"
@@ -249,12 +259,31 @@ class LearningModule(pl.LightningModule):
             "samples/s": rows / seconds,
             "tokens/s": tokens / seconds,
         }
-        quiet = {"lr": rate, "grad_norm": grad_norm}
+        quiet = {"lr": rates[0], "grad_norm": grad_norm}
+        own = zip(self.settings.sweep, rates[::2], strict=False)  # two groups a point
+        quiet |= {f"lr_of_{point.name}": rate for point, rate in own}
         self._publish(shown, prog_bar=True)
         self._publish(quiet, prog_bar=False)
         self.reported = True
         if self.global_step % self.settings.log_every_n_steps == 0 or self.global_step == 1:
             self._write({**shown, **quiet})
+
+    def _others_go_on(self) -> bool:
+        """Whether there is a point of a sweep left whose gradients are numbers; names the others.
+
+        No copy of the batch sees another, so what one point makes of its own stays there.
+        """
+        norms = zip(self.owned, self.bucket.norms.tolist(), strict=True)
+        found = {str(owner_of(names[0])) for names, norm in norms if not np.isfinite(norm)}
+        going = self.settings.sweep and 0 < len(found) < len(self.owned)
+        for name in sorted(found - self.diverged) if going and self.trainer.is_global_zero else ():
+            print(
+                f"warning: step {self.global_step}: the gradients of {name} are no numbers any "
+                f"more: the other points go on without it",
+                flush=True,
+            )
+        self.diverged |= found
+        return bool(going)
 
     def any_must_stop(self) -> bool:
         """Whether any process had to stop in the last step. One process need not wait for it."""

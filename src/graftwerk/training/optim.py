@@ -1,6 +1,6 @@
 """The optimizer that the `optim` section names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,16 @@ OF_SGD: dict[str, Any] = {"momentum": 0.0}
 DEFAULTS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, **OF_ADAM, **OF_SGD}
 
 
-def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -> Optimizer:
+def build_optimizer(
+    optim: Mapping[str, Any],
+    parameters: Iterable[Parameter],
+    apart: Sequence[tuple[Mapping[str, float], Sequence[Parameter]]] = (),
+) -> Optimizer:
     """The optimizer over parameters, in two groups: matrices decay, vectors do not.
 
     Both groups are there even if one is empty: a stage of a pipeline may have either alone.
+    `apart` splits the parameters, each part with an `lr` or a `weight_decay` of its own, into two
+    groups a part.
 
     Biases, norms and IA3's scales are vectors: decay would pull a scale to 0, away from the 1 at
     which it changes nothing. (NeMo's pre-training leaves biases and norms out too; its adapter
@@ -46,12 +52,20 @@ def build_optimizer(optim: Mapping[str, Any], parameters: Iterable[Parameter]) -
     values = {**DEFAULTS, **{k: optim[k] for k in DEFAULTS if optim.get(k) is not None}}
     _check(values)
     parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": values["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    parts = apart or [({}, parameters)]
+    groups = [group for own, some in parts for group in _groups({**values, **own}, some)]
     own = {key: values[key] for key in (OF_SGD if name == "sgd" else OF_ADAM)}
     return OPTIMIZERS[name](groups, lr=float(values["lr"]), fused=_can_fuse(parameters), **own)
+
+
+def _groups(values: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    rate = {"lr": float(values["lr"])}
+    return [
+        {"params": matrices, "weight_decay": values["weight_decay"], **rate},
+        {"params": vectors, "weight_decay": 0.0, **rate},
+    ]
 
 
 def _check(values: dict[str, Any]) -> None:

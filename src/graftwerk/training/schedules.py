@@ -6,7 +6,7 @@ warm-up steps runs at `lr * (s + 1) / (w + 1)`.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -174,34 +174,43 @@ def _own_values(sched: Mapping[str, Any], name: str, takes: Mapping[str, Any]) -
 
 
 class Schedule(LRScheduler):
-    """Sets the same rate, a function of the step alone, on every parameter group.
+    """Sets the rate, a function of the step alone, of every parameter group: one for all, or each.
 
     Its state is the step: a resumed run follows the configuration that it is given.
     """
 
-    def __init__(self, optimizer: Optimizer, rate: LearningRate):
-        self.rate = rate
+    def __init__(self, optimizer: Optimizer, rate: LearningRate | Sequence[LearningRate]):
+        groups = len(optimizer.param_groups)
+        self.rates = list(rate) if isinstance(rate, Sequence) else [rate] * groups
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
-        return [self.rate(self.last_epoch)] * len(self.optimizer.param_groups)
+        return [rate(self.last_epoch) for rate in self.rates]
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch = state_dict["last_epoch"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.last_epoch)
         self._last_lr = [*self.get_lr()]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def build_schedule(
-    sched: Mapping[str, Any] | None, optimizer: Optimizer, lr: float, max_steps: int | None
+    sched: Mapping[str, Any] | None,
+    optimizer: Optimizer,
+    lr: float | Sequence[float],
+    max_steps: int | None,
 ) -> LRScheduler | ReduceLROnPlateau:
-    """The scheduler for `optim.sched`; none given is a constant rate."""
+    """The scheduler for `optim.sched`; none given is a constant rate.
+
+    `lr`: the highest rate of all parameter groups, or of each.
+    """
     sched = sched or {"name": "constant"}
     if sched.get("name") != PLATEAU:
+        if isinstance(lr, Sequence):
+            return Schedule(optimizer, [learning_rate(sched, one, max_steps) for one in lr])
         return Schedule(optimizer, learning_rate(sched, lr, max_steps))
     unknown = {
         key

@@ -36,3 +36,28 @@ def show(summary: dict[str, Any]) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     Console().print(table)
+    if points := summary["sweep"]:
+        Console().print(_points(points))
+        print(f"a file for each point, such as {points[0]['adapter']}", flush=True)
+
+
+def _points(points: list[dict[str, Any]]) -> Table:
+    """The points of a sweep, the best one marked."""
+    own = list(dict.fromkeys(key for point in points for key in point["settings"]))
+    table = Table(title="sweep")
+    for name in ("", "point", *own, "lr", "seed", "parameters", "val_loss", "step"):
+        table.add_column(name, overflow="fold")
+    for point in points:
+        loss = point["val_loss"]
+        table.add_row(
+            "*" if point["best"] else "",
+            point["name"],
+            *(str(point["settings"].get(key, "")) for key in own),
+            str(point["lr"]),
+            str(point["seed"]),
+            f"{point['trainable_parameters']:,}",
+            "none" if loss is None else f"{loss:.4f}",
+            f"{point['step']:,}",
+            style="bold" if point["best"] else "",
+        )
+    return table

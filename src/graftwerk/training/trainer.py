@@ -24,6 +24,7 @@ from pytorch_lightning.loggers import Logger
 from graftwerk.checkpoints.resume import LAST, CheckpointFiles
 from graftwerk.errors import UserError
 from graftwerk.parallel.strategy import ManyDevices, OneDevice
+from graftwerk.training.best_of_each import BestOfEach
 from graftwerk.training.callbacks import Bar, LastCheckpoint, Lines, TopCheckpoints
 from graftwerk.training.world import World
 
@@ -183,10 +184,14 @@ def validation_interval(trainer: DictConfig, per_epoch: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CheckpointCallbacks:
-    """The callbacks that keep checkpoints; `top` is None where nothing is monitored."""
+    """The callbacks that keep checkpoints; `top` is None where nothing is monitored.
+
+    `each` keeps the best weights of the points of a sweep, where one is trained.
+    """
 
     top: TopCheckpoints | None
     last: LastCheckpoint
+    each: BestOfEach | None = None
 
     @classmethod
     def of(
@@ -219,7 +224,7 @@ class CheckpointCallbacks:
         return cls(top, LastCheckpoint(path, seconds, every, world))
 
     def list(self) -> list[Callback]:
-        return [self.last] if self.top is None else [self.top, self.last]
+        return [one for one in (self.each, self.top, self.last) if one is not None]
 
     def most_files(self) -> int:
         """Checkpoints that lie on the disk at one time, each while the one it replaces is there."""
