@@ -12,7 +12,7 @@ from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.slots import Flow, Site, Slot
 from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.layers import Context, Embedding
+from graftwerk.models.layers import Context, Embedding, runs_within
 from graftwerk.models.positions import rotary_angles, visibility, within
 
 
@@ -209,6 +209,8 @@ def decoder_context(
     context = Context(positions, cache=cache, end=end)
     if end is not None or (past and new > 1):
         context.mask = visibility(visible, new)
+        if end is not None and cache is None and tokens.device.type == "cpu":
+            context.runs = runs_within(end, context.mask)  # a GPU would have to wait for them
     context.causal = context.mask is None and new > 1
     if 0 < config.window_size < seen:
         context.window_mask = visibility(visible, new, all_positions, config.window_size)

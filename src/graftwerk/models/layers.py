@@ -25,7 +25,7 @@ from graftwerk.adapters.slots import (
 )
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.positions import FAR, RelativePosition, neighbours, rotate
+from graftwerk.models.positions import FAR, RelativePosition, neighbours, rotate, runs_of
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -51,7 +51,9 @@ class Context:
     keys and values between passes. `states` [B, E, h] are the encoder's, seen where `states_mask`
     [B, 1, 1 or S, E] is True. `flow` is what slots are told, `source_flow` those that read encoder
     states. `relative` is the table that made `scores`. `documents` [B, tokens] or `end` [B, K] say
-    which text each token is of, as in the models' arguments; neither: a row is one.
+    which text each token is of, as in the models' arguments; neither: a row is one. `runs` are the
+    columns of all rows, one row after the other, in runs that do not see each other: how many, and
+    the mask within them, None where it is plain causal; None: rows are not taken apart.
     """
 
     positions: Tensor
@@ -68,6 +70,7 @@ class Context:
     relative: RelativePosition | None = None
     documents: Tensor | None = None
     end: Tensor | None = None
+    runs: list[tuple[int, Tensor | None]] | None = None
 
     def widened(self, n: int) -> "Context":
         """The context of a batch that is repeated `n` times.
@@ -91,6 +94,7 @@ class Context:
             states_mask=widen(self.states_mask, n),
             documents=widen(self.documents, n),
             end=widen(self.end, n),
+            runs=None if self.runs is None else self.runs * n,
         )
 
     def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:
@@ -124,6 +128,19 @@ class Context:
             depth = self.mask[:, 0].sum(-1) - 1 - virtual
             before = depth.masked_fill(depth < 0, FAR)
         return before, behind
+
+
+def runs_within(end: Tensor, mask: Tensor) -> list[tuple[int, Tensor | None]] | None:
+    """A context's `runs`, by `end` [B, S] and its mask; None where that takes nothing apart."""
+    runs = runs_of(end)
+    if len(runs) == len(end):
+        return None
+    found: list[tuple[int, Tensor | None]] = []
+    for row, start, stop in runs:
+        chain = bool((end[row, start:stop] >= stop).all())
+        within = mask[row : row + 1, :, start:stop, start:stop]
+        found.append((stop - start, None if chain else within))
+    return found
 
 
 def widened(flow: Flow, n: int) -> Flow:
@@ -231,6 +248,13 @@ class Attention(nn.Module):
             relative = context.relative if placed else None
             key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal, relative)
             causal = False
+        elif context.runs is not None and mask is context.mask:
+            return self._attend_runs(query, key, value, context.runs)
+        return self._attend(query, key, value, mask, causal)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -242,6 +266,18 @@ class Attention(nn.Module):
             enable_gqa=self.heads_per_group > 1,
         )
         return attended.transpose(1, 2).flatten(2)
+
+    def _attend_runs(
+        self, query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, Tensor | None]]
+    ) -> Tensor:
+        """Each run by itself: what runs would see of each other is not computed."""
+        sizes = [size for size, _ in runs]
+        parts = zip(*(x.flatten(0, 1).split(sizes) for x in (query, key, value)), runs, strict=True)
+        attended = [
+            self._attend(q[None], k[None], v[None], mask, mask is None)
+            for q, k, v, (_, mask) in parts
+        ]
+        return torch.cat(attended, 1).view(*query.shape[:2], -1)
 
     def project(self, x: Tensor, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, h] -> queries [B, S, heads d], keys and values [B, S, groups d]."""

@@ -39,6 +39,25 @@ def within(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     return queries[:, :, None] - keys[:, None, :] < window
 
 
+def runs_of(end: Tensor, least: int = 128) -> list[tuple[int, int, int]]:
+    """Rows cut where no token sees across: each run's row, its first column and the one behind it.
+
+    `end` [B, S] as in `visibility`. Neighbours are one run while they have `least` columns or less.
+    """
+    length = end.shape[1]
+    cuts = end.cummax(1).values <= torch.arange(1, length + 1, device=end.device)
+    runs: list[tuple[int, int, int]] = []
+    for row, cut in enumerate(cuts):
+        start = last = 0
+        for stop in (*(cut[:-1].nonzero().flatten() + 1).tolist(), length):
+            if last > start and stop - start > least:
+                runs.append((row, start, last))
+                start = last
+            last = stop
+        runs.append((row, start, length))
+    return runs
+
+
 def neighbours(texts: Tensor) -> tuple[Tensor, Tensor]:
     """How many tokens of its text stand before each token and behind it, both as `texts` [B, S].
 
