@@ -350,17 +350,18 @@ def ask(
 ) -> tuple[list[Answer], float]:
     """A model's answers, and the seconds they took; each replica of the model answers its share.
 
-    `shown`: a progress bar is.
+    A share is questions on end: those of one paragraph are read together. `shown`: a progress bar
+    is.
     """
-    start, numbers = time.monotonic(), range(data.rank, len(questions.prompts), data.size)
+    start, total = time.monotonic(), len(questions.prompts)
+    numbers = range(total * data.rank // data.size, total * (data.rank + 1) // data.size)
     own = [questions.prompts[number] for number in numbers]
     with progress_bar(name, len(own), shown) as advance:
         answers = answerer.answer(model, own, advance, numbers)
     if data.group is not None:
         found: list[list[Answer]] = [[] for _ in range(data.size)]
         dist.all_gather_object(found, answers, data.group)
-        places = range(len(questions.prompts))
-        answers = [found[n % data.size][n // data.size] for n in places]
+        answers = [answer for share in found for answer in share]
     return answers, time.monotonic() - start
 
 
