@@ -55,6 +55,7 @@ keys beside the stages' own
   stages, cluster_type (bcm, bcp, interactive), data_dir, base_results_dir, container,
   container_mounts, env_vars, wandb_api_key_file, launcher_scripts_path, sweep.max_parallel
   dry_run=True      write all files, submit nothing (NEMO_LAUNCHER_DEBUG=1 does the same)
+  profile=True      write where the time of learning goes: a table and a trace in results/profile
   docs/configuration.md explains every key; --cfg job prints what is composed.
 
 exit codes: 0 done or submitted, 1 failed, 2 wrong configuration (nothing was written),

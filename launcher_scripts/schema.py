@@ -68,6 +68,7 @@ Targets = Literal[
     "attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all"
 ]
 Layers = list[Annotated[int, Range(1)]] | None
+PROFILE: Any = "${profile}"
 
 
 # ---- all stages
@@ -130,6 +131,7 @@ class Trainer(Devices):
     accumulate_grad_batches: Positive = 1
     gradient_clip_val: NonNegative | None = 1.0
     resume_from_checkpoint: Path | None = None
+    profile: bool = PROFILE
     logger: Literal[False] = field(default=False, metadata=INERT)
     enable_checkpointing: bool = field(default=False, metadata=INERT)
     use_distributed_sampler: bool = field(default=False, metadata=INERT)
@@ -878,6 +880,7 @@ class Root:
     env_vars: dict[EnvName, Scalar] = field(default_factory=dict)
     sweep: Sweep = field(default_factory=Sweep)
     dry_run: bool = False
+    profile: bool = False  # of every stage that learns
 
 
 def stage_schema(stage: str, kind: object = None) -> type:

@@ -196,6 +196,19 @@ def test_bos_and_limits_of_a_stage_reach_its_job(command):
         assert str(OmegaConf.select(config, key)) == str(value)
 
 
+def test_profile_reaches_every_stage_that_learns(command):
+    stages = [name for name, stage in STAGES.items() if stage.learns]
+    words = [f"stages=[{','.join(stages)},eval]", "adapter_learning.trainer.profile=False"]
+    for word, expected in (("profile=True", True), ("profile=False", False)):
+        answer = command(*words, word)
+        assert answer.code == 0, answer.lines
+        for stage in stages:
+            own = expected and stage != "adapter_learning"
+            assert answer.config(stage)["trainer"]["profile"] is own
+        assert "profile" not in answer.config("eval")["trainer"]
+    assert command("stages=peft", "profile=sometimes").code == 2
+
+
 def test_model_parallel_size_is_their_product(command):
     words = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]
     answer = command("stages=ia3_learning", *(f"ia3_learning.model.{word}" for word in words))

@@ -56,6 +56,7 @@ class Batch:
             asks.
         num_rows: rows that hold data; a filler has none.
         num_tokens: tokens that are not padding.
+        row_tokens: those of its rows, a beginning that several share for each of them.
     """
 
     tokens: Tensor
@@ -73,6 +74,7 @@ class Batch:
     origins: Tensor | None = None
     num_rows: int = -1
     num_tokens: int = -1
+    row_tokens: int = -1
 
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's forward pass, by name."""
@@ -95,6 +97,8 @@ class Batch:
             self.num_rows = self.tokens.shape[0]
         if self.num_tokens < 0:
             self.num_tokens = self.tokens.numel()
+        if self.row_tokens < 0:
+            self.row_tokens = self.num_tokens
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {k: function(v) for k, v in vars(self).items() if torch.is_tensor(v)}

@@ -99,6 +99,7 @@ def pack(
         weights=torch.ones(sum(len(row.labels) for row in held)),
         num_rows=len(held),
         num_tokens=sum(sum(document.sizes) for document in documents),
+        row_tokens=sum(sum(row.sizes) for row in held),
     )
     if family != "gpt":
         batch.documents = _numbers(rows, 0, shapes[0])

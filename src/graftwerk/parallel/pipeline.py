@@ -158,15 +158,22 @@ class Pipeline:
 
     # ---- training
 
-    def step(self, micros: Sequence[Any], loss_of: Callable[[Tensor, Any], Tensor]) -> None:
+    def step(
+        self,
+        micros: Sequence[Any],
+        loss_of: Callable[[Tensor, Any], Tensor],
+        mark: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         """Forward and backward passes of all micro-batches; gradients add up in `.grad`.
 
-        `loss_of(result, micro)` gives the scalar to go back from; the last stage calls it.
+        `loss_of(result, micro)` gives the scalar to go back from; the last stage calls it. `mark`
+        is told when a pass `forward` or `backward` begins.
         """
         self._carries = self._with_gradients()
         ahead = self.mesh.pipeline.size - self.rank  # forward passes before the first backward
         waiting: deque[tuple[Sequence[Tensor], Sequence[Tensor]]] = deque()
         for number, micro in enumerate(micros, start=1):
+            mark("forward")
             inputs = micro.inputs()
             received = self._receive(inputs)
             for tensor in received:
@@ -177,6 +184,7 @@ class Pipeline:
             else:
                 self._send([tensor.detach() for tensor in made], self.rank + 1, "forward")
             waiting.append((received, made))
+            mark("backward")
             if number >= ahead:
                 self._backward(*waiting.popleft())
         while waiting:

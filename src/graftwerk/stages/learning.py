@@ -42,6 +42,7 @@ from graftwerk.training.loggers import build_loggers, check_loggers
 from graftwerk.training.module import LearningModule, TrainingSettings
 from graftwerk.training.optim import DEFAULTS
 from graftwerk.training.peers import Peers
+from graftwerk.training.profile import Profile
 from graftwerk.training.progress import Progress
 from graftwerk.training.result import (
     check_whole,
@@ -310,13 +311,16 @@ def assemble(
         params = cfg.exp_manager.get("checkpoint_callback_params") or {}
         keeps = callbacks.top is not None and bool(params.get("save_best_model"))
         callbacks = replace(callbacks, each=BestOfEach(module, learner.adapters, keeps))
+    watching: list[pl.Callback] = [Progress(folder / "progress.json", stage)]
+    if cfg.trainer.get("profile"):
+        watching.append(Profile(folder / "profile"))
     trainer = build(
         cfg,
         world=world,
         device=device,
         steps=steps,
         validates=validates,
-        callbacks=[*callbacks.list(), Progress(folder / "progress.json", stage)],
+        callbacks=[*callbacks.list(), *watching],
         loggers=build_loggers(cfg.exp_manager, folder, resumed.step if resumed else 0),
         folder=folder,
     )

@@ -102,6 +102,7 @@ class LearningModule(pl.LightningModule):
         self.reported = False
         self.must_stop: Callable[[], bool] = lambda: False  # asked once a step, of every process
         self.validated: tuple[int, float] | None = None  # the last: (step, loss)
+        self.mark: Callable[[str], None] = lambda phase: None  # told what of a step begins
 
     # ---- set-up
 
@@ -168,7 +169,9 @@ class LearningModule(pl.LightningModule):
         with self._dropped():
             self._backward(batch)
         sums[STOP] += self.must_stop()
+        self.mark("communication")
         self.bucket.reduce(partial=[STOP], staged=[LOSS, STOP])
+        self.mark("optimizer")
         self.bucket.gradients.div_(sums[WEIGHT])
         norm = self.bucket.clip(settings.gradient_clip_val)
         self.window += sums
@@ -177,6 +180,7 @@ class LearningModule(pl.LightningModule):
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau | list | None):
             scheduler.step()
+        self.mark("rest")
         # The first step too: something to see at once, and a loss that a checkpoint may monitor.
         if self.global_step % settings.log_every_n_steps == 0 or not self.reported:
             self._report(sums[LOSS] / sums[WEIGHT], norm, rates)
@@ -205,12 +209,17 @@ class LearningModule(pl.LightningModule):
         sums, pipeline = self.bucket.sums, self.placement.pipeline
         if pipeline is not None:
             with self._precision(), split_logits(self.model) as vocabulary:
-                pipeline.step(batch, lambda logits, micro: self._loss(logits, micro, vocabulary))
+                pipeline.step(
+                    batch, lambda logits, micro: self._loss(logits, micro, vocabulary), self.mark
+                )
         for micro in batch:
             if pipeline is None:
+                self.mark("forward")
                 with self._precision(), split_logits(self.model) as vocabulary:
                     logits = self.model(**micro.inputs())
-                self._loss(logits, micro, vocabulary).backward()
+                loss = self._loss(logits, micro, vocabulary)
+                self.mark("backward")
+                loss.backward()
             if self.fused:  # a sum over labels, like the rest, which the labels' weight will divide
                 more = self.model.fusion_loss() * micro.weights.sum()  # type: ignore[operator]
                 if more.requires_grad:

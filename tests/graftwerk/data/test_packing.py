@@ -12,6 +12,7 @@ from graftwerk.adapters import LoRAConfig
 from graftwerk.data.packing import Document, alone, first_fit_decreasing
 from graftwerk.data.sampler import Step
 from tests.graftwerk.data.rows import (
+    Rows,
     adapted,
     assert_same,
     learned,
@@ -39,6 +40,15 @@ def test_documents_of_two_sizes_find_room_for_both():
     documents = [Document([], [], sizes) for sizes in [(1, 6), (9, 4), (2, 4), (9, 1)]]
     rows = first_fit_decreasing(documents, [10, 10])
     assert [[d.sizes for d in row] for row in rows] == [[(1, 6), (9, 4)], [(2, 4)], [(9, 1)]]
+
+
+def test_a_shared_beginning_is_computed_once_and_counts_for_each_row():
+    beginning, label = list(range(1, 21)), [(20, 7)]
+    rows = Rows([([*beginning, 30, 31], label), ([*beginning, 32], label), ([33, 34], [(0, 7)])])
+    step = Step([0, 1, 2], 0)
+    for batches in (padded(rows)[step], packed(rows, 40)[step], packed(rows, 40, share=True)[step]):
+        assert sum(batch.row_tokens for batch in batches) == 22 + 21 + 2
+    assert sum(batch.num_tokens for batch in batches) == 22 + 1 + 2
 
 
 @settings(max_examples=25)
