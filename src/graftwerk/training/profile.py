@@ -5,7 +5,10 @@ them are traced. What processes exchange within the phases, as tensor-parallel o
 the trace and taken out of the phase.
 """
 
+import gzip
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +23,9 @@ from pytorch_lightning.profilers import Profiler
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
+from graftwerk.checkpoints.leftovers import remove_leftovers
 from graftwerk.data.dataset import Batch
-from graftwerk.errors import storing
+from graftwerk.data.jsonl import replacing
 from graftwerk.models.flops import Flops, Training, Work
 from graftwerk.training.module import LearningModule
 from graftwerk.training.profile_table import PHASES, Rank, Table
@@ -122,6 +126,8 @@ class Profile(Callback):
         total = trainer.max_steps if (trainer.max_steps or 0) > 0 else None
         self.window = Window.of(None if total is None else total - trainer.global_step)
         self.first = trainer.global_step + 1
+        if trainer.is_global_zero:
+            remove_leftovers(self.folder)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -242,15 +248,11 @@ def dtype_of(module: LearningModule) -> torch.dtype:
 
 def write_trace(trace: torch.profiler.profile, path: Path) -> None:
     """Writes a Chrome trace, compressed; whole or not at all."""
-    # The profiler tells the form by the name's end, so the temporary's keeps it.
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            trace.export_chrome_trace(str(beside))
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="graftwerk-") as folder, replacing(path) as file:
+        plain = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(plain))
+        with open(plain, "rb") as written, gzip.open(file, "wb") as packed:
+            shutil.copyfileobj(written, packed)
 
 
 def exchange_shares(events: Iterable[Any]) -> dict[str, float]:
