@@ -14,6 +14,7 @@ from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Context, Embedding, runs_within
 from graftwerk.models.positions import rotary_angles, visibility, within
+from graftwerk.models.scoring import Score, scored
 
 
 @dataclass
@@ -75,12 +76,17 @@ class Transformer(AdapterModel):
         weight = self.embedding.word_embeddings.weight
         return F.linear(x, weight) if self.output_layer is None else self.output_layer(x, weight)
 
-    def answer(self, x: Tensor, flow: Flow, select: Tensor | None) -> Tensor:
-        """A decoder's states behind its last layer [B, S, h] -> logits, as `forward` gives them."""
+    def answer(
+        self, x: Tensor, flow: Flow, select: Tensor | None, score: Score | None = None
+    ) -> Tensor:
+        """A decoder's states behind its last layer [B, S, h] -> logits, or what `score` makes of
+        them, as `forward` gives them."""
         decoder: Any = self.decoder
         if self.reads_words(flow):
-            return self.words(self.word_states(decoder.finish(x), flow, select))
-        return self.logits(decoder.finish(self.selected(x, select)))
+            x, logits = self.word_states(decoder.finish(x), flow, select), self.words
+        else:
+            x, logits = self.selected(x, select), lambda x: self.logits(decoder.finish(x))
+        return logits(x) if score is None else scored(x, logits, self.config.vocab_size, score)
 
     def word_states(self, x: Tensor, flow: Flow, select: Tensor | None = None) -> Tensor:
         """States behind the last norm [B, S, h] as the vocabulary projection reads them."""

@@ -7,6 +7,7 @@ from graftwerk.models.base import Start, Transformer, decoder_context, with_virt
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.layers import Layers
+from graftwerk.models.scoring import Score
 
 
 class GPT(Transformer):
@@ -28,6 +29,7 @@ class GPT(Transformer):
         task_ids: Tensor | None = None,
         record: Record | None = None,
         chance: Tensor | None = None,
+        score: Score | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -43,15 +45,18 @@ class GPT(Transformer):
             record: takes up what adapters say of themselves (`adapters.slots.Record`).
             chance: [B] what dropout draws from for each row (`adapters.masks`); None: from torch's
                 random state.
+            score: takes the logits [n, V] of some of the positions that `select` names, and which
+                of them these are; gives [n]. Many are made in runs, and not kept.
 
         Returns:
-            [B, S, V], or [N, V] under `select`. Under an active `Parallel` of n children the batch
-            is n*B rows, child after child, and `select` holds for each child: n*N rows.
+            [B, S, V], [N, V] under `select`, or [N] of `score`. Under an active `Parallel` of n
+            children the batch is n*B rows, child after child, and `select` holds for each child:
+            n*N rows.
         """
         how = {"task_ids": task_ids, "record": record, "chance": chance}
         start = self.begin(tokens, positions, end, cache, **how)
         x, flow = self._run(start)
-        return self.answer(x, flow, select)
+        return self.answer(x, flow, select, score)
 
     def hidden_states(
         self,

@@ -17,6 +17,7 @@ from graftwerk.models.positions import (
     same_document,
     visibility,
 )
+from graftwerk.models.scoring import Score
 
 
 class T5(Transformer):
@@ -57,6 +58,7 @@ class T5(Transformer):
         task_ids: Tensor | None = None,
         record: Record | None = None,
         chance: Tensor | None = None,
+        score: Score | None = None,
     ) -> Tensor:
         """Logits of the next target token.
 
@@ -68,10 +70,11 @@ class T5(Transformer):
                 one document without padding.
             documents: [B, S] the source document that each target token is of, -1 for padding.
                 None: targets are of document 0.
-            task_ids, record, chance: as in `GPT.forward`.
+            task_ids, record, chance, score: as in `GPT.forward`.
 
         Returns:
-            [B, S, V], or [N, V] under `select`; n times as many rows under a `Parallel` of n.
+            [B, S, V], [N, V] under `select`, or [N] of `score`; n times as many rows under a
+            `Parallel` of n.
         """
         how = {"task_ids": task_ids, "record": record, "chance": chance}
         states = None
@@ -81,7 +84,7 @@ class T5(Transformer):
         given = positions, end, cache, states, source_documents, documents
         start = self.begin(tokens, *given, **how)
         x, flow = self._run(start)
-        return self.answer(x, flow, select)
+        return self.answer(x, flow, select, score)
 
     def hidden_states(
         self,

@@ -216,8 +216,8 @@ class LearningModule(pl.LightningModule):
             if pipeline is None:
                 self.mark("forward")
                 with self._precision(), split_logits(self.model) as vocabulary:
-                    logits = self.model(**micro.inputs())
-                loss = self._loss(logits, micro, vocabulary)
+                    loss = self._label_losses(micro, vocabulary).sum()
+                sums[LOSS] += loss.detach()
                 self.mark("backward")
                 loss.backward()
             if self.fused:  # a sum over labels, like the rest, which the labels' weight will divide
@@ -231,6 +231,18 @@ class LearningModule(pl.LightningModule):
         loss = answer_loss(logits, *self._labels(micro), vocabulary)
         self.bucket.sums[LOSS] += loss.detach()
         return loss
+
+    def _label_losses(self, micro: Batch, vocabulary: Vocabulary | None = None) -> Tensor:
+        """The weighted loss of each label; of many, no more logits are held than fit."""
+        labels, weights = self._labels(micro)
+
+        def score(logits: Tensor, part: slice) -> Tensor:
+            return label_losses(logits, labels[part], weights[part], vocabulary)
+
+        answers = micro.label_positions is not None  # not the spans of a BERT
+        if answers and vocabulary is None and self.placement.pipeline is None:
+            return self.model(**micro.inputs(), score=score)
+        return score(self.model(**micro.inputs()), slice(None))
 
     def _labels(self, micro: Batch) -> tuple[Tensor, Tensor]:
         """Labels and weights of all copies of the batch, in the order of the model's rows."""
@@ -314,8 +326,7 @@ class LearningModule(pl.LightningModule):
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         for micro in batch:
             with self._precision():
-                logits = self.model(**micro.inputs())
-            losses = label_losses(logits, *self._labels(micro))
+                losses = self._label_losses(micro)
             if self.copies:
                 each = by_copy(losses, len(self.copies), micro.label_positions is None)
                 self.by_adapter += each.detach().sum(1)

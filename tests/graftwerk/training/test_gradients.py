@@ -1,14 +1,17 @@
 """The flat gradient buffer and the loss, by their formulas."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import Parameter
 
+from graftwerk.data.dataset import Batch
 from graftwerk.training.gradients import GradientBucket
-from graftwerk.training.loss import answer_loss
-from graftwerk.training.module import step_seed
+from graftwerk.training.loss import answer_loss, label_losses
+from graftwerk.training.module import LearningModule, TrainingSettings, step_seed
+from tests.graftwerk.tiny import SHAPES, tiny_gpt
 
 
 def bucket() -> tuple[list[Parameter], GradientBucket]:
@@ -55,6 +58,21 @@ def test_no_labels_cost_nothing():
     loss = answer_loss(logits, empty, torch.zeros(0))
     loss.backward()
     assert loss.item() == 0
+
+
+def test_a_module_scores_many_labels_in_runs():
+    model = tiny_gpt(SHAPES["llama"]).requires_grad_(True)
+    module = LearningModule(model, TrainingSettings({}, 1, 1))
+    at, weights = torch.arange(6), torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 3.0])
+    batch = Batch(torch.arange(6)[None], None, None, at, (at + 1) % 6, weights)
+    expected = label_losses(model(**batch.inputs()), batch.labels, weights)
+    with (
+        patch("graftwerk.models.scoring.AT_ONCE", 4 * model.config.vocab_size),
+        patch("graftwerk.training.module.label_losses", wraps=label_losses) as scored,
+    ):
+        found = module._label_losses(batch)
+    assert [len(call.args[0]) for call in scored.call_args_list] == [4, 2]
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
 
 
 def test_every_step_of_every_rank_has_a_seed_of_its_own():
