@@ -405,7 +405,18 @@ def learned(path: Path | None) -> dict[str, Any]:
         values = json.loads(summary.read_text())
     except (OSError, ValueError):
         return {}
-    return {key: values[key] for key in LEARNED if key in values}
+    return {key: values[key] for key in LEARNED if key in values} | _of_point(values, path)
+
+
+def _of_point(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a summary says of the one point of a sweep that lies at a path; the time is of all."""
+    for point in summary.get("sweep") or ():
+        files = [point["adapter"], *([summary["adapter"]] if point["best"] else [])]
+        if path.name in (Path(file).name for file in files):
+            own = {key: point[key] for key in ("trainable_parameters", "file_bytes")}
+            others = summary["trainable_parameters"] - own["trainable_parameters"]
+            return {**own, "total_parameters": summary["total_parameters"] - others}
+    return {}
 
 
 @contextmanager

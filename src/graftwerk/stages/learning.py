@@ -409,8 +409,9 @@ def finish(
     extra = {"base": learner.base, "stage": stage, "steps": steps}
     sweep = []
     if points:
-        sweep = told(learner, cfg.model.optim.get("lr") or DEFAULTS["lr"], points, path)
-        size = write_points(learner, path, best_of(points)[0], extra)
+        files = write_points(learner, path, best_of(points)[0], extra)
+        lr, size = cfg.model.optim.get("lr") or DEFAULTS["lr"], sum(files.values())
+        sweep = told(learner, lr, points, path, files)
     else:
         size = write_result(learner, path, extra)
     methods = [model.adapter_config(name)["method"] for name in learner.adapters]

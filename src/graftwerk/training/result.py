@@ -49,7 +49,11 @@ def point_path(path: Path, name: str) -> Path:
 
 
 def told(
-    learner: Learner, lr: float, found: Mapping[str, tuple[int, float | None]], path: Path
+    learner: Learner,
+    lr: float,
+    found: Mapping[str, tuple[int, float | None]],
+    path: Path,
+    files: Mapping[Path, int],
 ) -> list[dict[str, Any]]:
     """The points of a sweep as a summary has them.
 
@@ -57,6 +61,7 @@ def told(
         lr: of points that have none of their own.
         found: by name the step and the validation loss of the weights that are written.
         path: of the best one.
+        files: what `write_points` gave.
     """
     sizes = dict.fromkeys(found, 0)
     for name, parameter in learner.model.named_parameters():
@@ -74,18 +79,19 @@ def told(
             "val_loss": found[point.name][1],
             "best": point.name == best_of(found)[0],
             "adapter": str(point_path(path, point.name)),
+            "file_bytes": files[point_path(path, point.name)],
         }
         for point in learner.sweep
     ]
 
 
-def write_points(learner: Learner, path: Path, best: str, extra: dict[str, Any]) -> int:
+def write_points(learner: Learner, path: Path, best: str, extra: dict[str, Any]) -> dict[Path, int]:
     """Writes each adapter of a sweep into a file of its own and the best one at the path too.
 
-    Returns the bytes on disk of all; `extra` is as in `write_result`.
+    Returns the bytes on disk of each; `extra` is as in `write_result`.
     """
     files = {point_path(path, name): name for name in learner.adapters} | {path: best}
-    return sum(save_adapters(learner.model, [n], file, extra) for file, n in files.items())
+    return {file: save_adapters(learner.model, [n], file, extra) for file, n in files.items()}
 
 
 def write_result(learner: Learner, path: Path, extra: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ from graftwerk.adapters.configs import method_of
 from graftwerk.checkpoints import load_base, read_adapters, save_adapter
 from graftwerk.errors import UserError
 from graftwerk.stages import learning
+from graftwerk.stages.eval import learned
 from graftwerk.training.goal import Goal
 from graftwerk.training.module import LearningModule
 from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
@@ -141,6 +142,13 @@ def test_the_best_point_is_marked_and_is_what_the_stage_leaves(peft, capsys):
             min(seen, key=seen.__getitem__),
         )
     assert set(steps.values()) == {3, 6}  # each has its own
+    for path, name in ((peft.model.nemo_path, best), (summary["sweep"][0]["adapter"], "r2")):
+        (point,) = (point for point in summary["sweep"] if point["name"] == name)
+        of_point = learned(Path(path))  # what eval shows beside the scores
+        assert of_point["trainable_parameters"] == point["trainable_parameters"]
+        assert of_point["file_bytes"] == Path(path).stat().st_size
+        base_size = summary["total_parameters"] - summary["trainable_parameters"]
+        assert of_point["total_parameters"] == base_size + point["trainable_parameters"]
     shown = [(p["settings"], p["lr"], p["seed"]) for p in summary["sweep"]]
     assert shown == [
         ({"adapter_dim": 2}, 0.1, 7),
