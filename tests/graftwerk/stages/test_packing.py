@@ -218,3 +218,20 @@ def test_a_packed_run_of_another_family_is_the_padded_one(family, peft, tmp_path
         for config in (packed, padded)
     )
     assert_alike(found, expected, 1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_any_layout_learns_from_the_packed_rows_of_another_family(family, peft, tmp_path):
+    made = of_family(peft, family, tmp_path)
+    made.model.peft.update({"peft_scheme": "lora,adapter,ia3"})
+    made.model.data.packed_sequence_size = 48
+    made.model.update({"global_batch_size": 5, "micro_batch_size": 1})
+    made.trainer.max_steps = 3
+    alone = at(made, tmp_path / "alone")
+    layouts = ("data", "tensor", "sequence", "pipeline")
+    runs = {name: as_layout(at(made, tmp_path / name), name) for name in layouts}
+    on_processes(2, [("peft", config) for config in runs.values()])
+    assert learning.run("peft", alone) == learning.DONE
+    for config in runs.values():
+        assert columns(config) == [pytest.approx(row, rel=1e-4) for row in columns(alone)]
