@@ -265,7 +265,7 @@ def test_qlora_reads_the_base_in_four_bits(peft, monkeypatch):
     given = []
     load = Base.load
 
-    def watching(self, dtype, device, seed=0, quantize=None):
+    def watching(self, dtype, device, seed=0, quantize=None, mesh=None):
         given.append(quantize)
         return load(self, dtype, device, seed)
 
