@@ -15,7 +15,9 @@ writes its adapter, away from its values at birth, and ours reads it; all losses
 agree before anything is timed, to 1e-5 with a peer and 1e-6 among ours, else the exit code is 1.
 
 The ceiling is what counted operations of matrices and attention allow over the first peer padded,
-where every operation takes as long. Tokens count once for each row that they are in.
+where every operation takes as long. Each process measures large products of matrices behind its
+own step: of these the table says what share of operations a second the step reached. Tokens count
+once for each row that they are in.
 """
 
 import argparse
@@ -155,6 +157,7 @@ def write_inputs(folder: Path, shape: str, arguments: argparse.Namespace) -> dic
     if arguments.plain:
         tokens = [token for rows in taken for row, _ in rows for token in row]
         size = arguments.plain
+        tokens *= -(-16 * size // len(tokens))
         rows = [tokens[size * n : size * (n + 1)] for n in range(16)]
         taken = [[(row, [(size - 1, tokens[n])]) for n, row in enumerate(rows)]]
     steps = []
@@ -241,7 +244,10 @@ def measured(
         apart = disagreement(said, peers)
         print(f"\n{shape}, {method}, {counts}, {arguments.threads} threads\n")
         print("; ".join(f"{name}: {says['version']}" for name, says in said.items()))
-        print("losses, of what counts most: " + ", ".join(f"{k} {v:.1e}" for k, v in apart.items()))
+        print(
+            "losses, relative to ours padded: "
+            + ", ".join(f"{k} {v:.1e}" for k, v in apart.items())
+        )
         if wrong := [name for name, (value, most) in limits(apart).items() if value > most]:
             print(f"the losses do not agree: {', '.join(wrong)}; nothing was timed")
             return False
@@ -285,7 +291,7 @@ def table(
     """Medians of the rounds; ratios are those to the first variant in the same round."""
     lines = [
         "| | questions/s | row tokens/s | times faster (lowest, highest) | ceiling | GFLOP a "
-        "question | GFLOP/s | CPU seconds a question | peak GB |",
+        "question | GFLOP/s (of matrices alone) | CPU seconds a question | peak GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     rows, flops = counts["rows"], {name: says["flops"] for name, says in said.items()}
@@ -295,11 +301,15 @@ def table(
         ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
         cpu = statistics.median(taken["cpu"] for taken in rounds)
         peak = max(taken["peak"] for taken in rounds)
+        share = statistics.median(
+            flops[name] / taken["seconds"] / taken["matrices"] for taken in rounds
+        )
         lines.append(
             f"| {name} | {rows / seconds:.2f} | {counts['tokens'] / seconds:.0f} "
             f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) "
             f"| {flops[first] / flops[name]:.2f} | {flops[name] / rows / 1e9:.1f} "
-            f"| {flops[name] / seconds / 1e9:.0f} | {cpu / rows:.3f} | {peak / 1e9:.2f} |"
+            f"| {flops[name] / seconds / 1e9:.0f} ({share:.0%}) "
+            f"| {cpu / rows:.3f} | {peak / 1e9:.2f} |"
         )
     return "\n".join(lines)
 

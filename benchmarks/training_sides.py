@@ -53,7 +53,7 @@ def asked(steps: Any, answer: Answer) -> Iterator[Any]:
         wall, cpu = time.perf_counter(), time.process_time()
         yield from steps
         seconds = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        answer({**seconds, "peak": peak()})
+        answer({**seconds, "peak": peak(), "matrices": matrices()})
 
 
 # ---- what is measured
@@ -78,6 +78,18 @@ class Operations(TorchDispatchMode):
         elif packet in flop_counter.flop_registry:
             self.flops += flop_counter.flop_registry[packet](*args, **(kwargs or {}), out_val=made)
         return made
+
+
+def matrices(seconds: float = 0.5, size: int = 2048) -> float:
+    """Operations a second of large matrix products, the best of some: what can be had right now."""
+    one, other = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
+    best, began = float("inf"), time.perf_counter()
+    with torch.no_grad():
+        while time.perf_counter() - began < seconds or best == float("inf"):
+            start = time.perf_counter()
+            torch.mm(one, other)
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def forget_peak() -> None:
