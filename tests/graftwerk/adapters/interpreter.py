@@ -7,8 +7,8 @@ what a call holds.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -40,14 +40,16 @@ class Where:
     copy: int
     row: int
     task: int = 0
+    columns: Mapping[str, int] = field(default_factory=dict)  # of each prompt
 
 
 def interpreted(model, tree: Tree | None, rows: int, run, tasks=None, skip_layers=()) -> Tensor:
     """What `run(row)` gives for each row of each copy of the batch, one after the other."""
     plan, found = model._plan, []
+    columns = {name: config.columns for name, config in model.adapters.items()}
     for n in range(copies(tree)):
         for row in range(rows):
-            where = Where(n, row, 0 if tasks is None else int(tasks[row]))
+            where = Where(n, row, 0 if tasks is None else int(tasks[row]), columns)
             model._plan = Plan(
                 actions={
                     slot.key: partial(in_slot, slot, tree, where)
@@ -162,7 +164,7 @@ def backwards(tree: Tree) -> Tree:
 def walk(slot: Slot, tree: Tree, where: Where, state: State) -> State:
     """What one row is behind a composition."""
     if isinstance(tree, str):
-        return leaf(slot, tree, state)
+        return leaf(slot, tree, state, where)
     picked = chosen(tree, where)
     if picked is not None:
         return walk(slot, *picked, state)
@@ -210,10 +212,10 @@ def in_runs(slot: Slot, tree: Split, where: Where, state: State) -> State:
     return state.after(torch.cat([one.call.output for one in made], 1), joined)
 
 
-def leaf(slot: Slot, name: str, state: State) -> State:
+def leaf(slot: Slot, name: str, state: State, where: Where) -> State:
     """One adapter on one row, token by token where it sees no further."""
-    if name not in slot.adapter_layer:
-        return state
+    if name not in slot.adapter_layer:  # it may have columns at another place
+        return replace(state, start=state.start + where.columns.get(name, 0))
     part, call = slot.adapter_layer[name], state.call
     if isinstance(part, Prompt):
         vectors = part.vectors()

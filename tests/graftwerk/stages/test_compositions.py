@@ -58,6 +58,7 @@ Weights = dict[str, torch.Tensor]
 def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Bottlenecks `a`, `b` and `c` on the base, each in a file of its own."""
     folder, model = tmp_path_factory.mktemp("files"), load_base(base)
+    torch.manual_seed(0)
     for seed, name in enumerate("abc"):
         model.add_adapter(name, BOTTLENECK)
         for _, _, part in model.parts(name):
