@@ -188,6 +188,7 @@ def test_a_compiled_model_does_what_the_model_does():
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_compiled_model_follows_a_change_of_its_composition():
     model, traced = make("gpt2"), []

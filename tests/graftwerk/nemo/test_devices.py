@@ -77,7 +77,7 @@ def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {f"{a.name} {k}": v for a in read_adapters(path).adapters for k, v in a.state.items()}
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["gpt", pytest.param("t5", marks=pytest.mark.long)])
 def test_two_processes_learn_and_answer_as_one(family: str, tmp_path: Path):
     base = write_base(family, tmp_path / "base")
     runs = {name: laid_out(base, tmp_path, name) for name in LAYOUTS}

@@ -183,7 +183,8 @@ def test_a_shared_run_that_was_stopped_goes_on_to_the_same_weights(paragraphs, t
     assert all((resumed[1][key] == value).all() for key, value in whole[1].items())
 
 
-@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("share", [True, False])
 def test_any_layout_learns_from_the_same_packed_rows_with_dropout(
     share, paragraphs, peft, tmp_path
 ):

@@ -233,6 +233,7 @@ def test_a_complete_sweep_that_is_started_again_leaves_the_same(peft):
     assert told(peft)["sweep"] == before
 
 
+@pytest.mark.long
 def test_two_processes_sweep_as_one_does_and_go_on_from_another_layout(peft, tmp_path):
     peft.model.optim.sched.max_steps = 6
     peft = wants(peft, sweep=RANKS)

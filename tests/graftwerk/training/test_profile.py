@@ -115,6 +115,7 @@ def test_a_run_that_goes_on_profiles_its_own_steps(cfg):
     assert (found["first_step"], found["last_step"]) == (9, 10)  # of 7 to 12; 11 and 12 are traced
 
 
+@pytest.mark.long
 def test_two_processes_profile_the_same_steps_and_tell_what_they_exchange(cfg, tmp_path):
     cfg.trainer.devices = 2
     cfg.model.tensor_model_parallel_size = 2
