@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from graftwerk.checkpoints import save_base
 from graftwerk.data.tokenizers import build_tokenizer
 from graftwerk.models import GPT, TransformerConfig
+from graftwerk.stages import learning
+from graftwerk.training.module import LearningModule
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = [f"w{n}" for n in range(12)]
@@ -156,3 +159,22 @@ def environment(**more: str) -> dict[str, str]:
     own = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
     path = os.pathsep.join([str(ROOT / "src"), own.get("PYTHONPATH", "")])
     return {**own, "PYTHONPATH": path.rstrip(os.pathsep), **more}
+
+
+class Killed(BaseException):
+    """Stands for what ends a process."""
+
+
+def run_killed(stage: str, cfg: DictConfig, step: int) -> None:
+    """Runs a learning stage until `step` optimizer steps are done, then it dies."""
+    whole = LearningModule.training_step
+
+    def dying(self: LearningModule, *args: Any) -> None:
+        if self.global_step == step:
+            raise Killed
+        whole(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LearningModule, "training_step", dying)
+        with pytest.raises(Killed):
+            learning.run(stage, cfg)

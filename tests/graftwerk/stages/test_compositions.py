@@ -28,7 +28,6 @@ from graftwerk.training.base import Base
 from graftwerk.training.frozen import add_frozen, read_frozen
 from graftwerk.training.goal import Goal
 from graftwerk.training.learner import build_learner, open_base, tokenizer_of
-from graftwerk.training.module import LearningModule
 from tests.graftwerk.learning_stage import (
     TEMPLATE,
     WORDS,
@@ -38,6 +37,7 @@ from tests.graftwerk.learning_stage import (
     environment,
     read_metrics,
     rows,
+    run_killed,
 )
 from tests.graftwerk.tiny import shake
 from tests.graftwerk.tiny_families import as_family, save_tiny
@@ -280,11 +280,7 @@ def test_all_of_a_batch_below_the_adapters_is_computed_once(peft, files, monkeyp
 # ---- going on
 
 
-class Killed(BaseException):
-    """Stands for what ends a process."""
-
-
-def test_a_fusion_that_was_killed_goes_on_to_the_same_bits(peft, files, tmp_path, monkeypatch):
+def test_a_fusion_that_was_killed_goes_on_to_the_same_bits(peft, files, tmp_path):
     """With a temperature, which moves though no gradient reaches it, and dropout of the scores."""
     peft = wants(
         peft,
@@ -295,17 +291,7 @@ def test_a_fusion_that_was_killed_goes_on_to_the_same_bits(peft, files, tmp_path
     straight = elsewhere(peft, tmp_path / "straight")
     straight.model.nemo_path = str(tmp_path / "straight" / "out")
     learning.run("peft", straight)
-    whole = LearningModule.training_step
-
-    def dying(self, batch, batch_idx):
-        if self.global_step == 4:
-            raise Killed
-        return whole(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LearningModule, "training_step", dying)
-        with pytest.raises(Killed):
-            learning.run("peft", peft)
+    run_killed("peft", peft, 4)
     assert learning.run("peft", peft) == 0
     one, other = (read_adapters(each.model.nemo_path).fusions[0].state for each in (straight, peft))
     assert one.keys() == other.keys()

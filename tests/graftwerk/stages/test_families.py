@@ -15,7 +15,7 @@ from graftwerk.models import BERT
 from graftwerk.stages import eval as evaluation
 from graftwerk.stages import learning
 from graftwerk.training.module import LearningModule
-from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
+from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows, run_killed
 from tests.graftwerk.tiny_families import (
     MARKS,
     as_family,
@@ -178,26 +178,12 @@ def test_bfloat16_trains_head_and_adapter_in_float32(family, bases, cfg, tmp_pat
     assert evaluation.run(wanted) == 0
 
 
-class Killed(BaseException):
-    """Stands for what ends a process."""
-
-
-def test_a_run_that_died_ends_with_the_same_bits(family, bases, cfg, tmp_path, monkeypatch):
+def test_a_run_that_died_ends_with_the_same_bits(family, bases, cfg, tmp_path):
     learned = as_family(cfg, bases[family], tmp_path, steps=18)
     learned.model.adapter_tuning.adapter_dropout = 0.1
     straight = elsewhere(learned, tmp_path / "straight")
     learning.run("adapter_learning", straight)
-    whole = LearningModule.training_step
-
-    def dying(self, batch, batch_idx):
-        if self.global_step == 15:
-            raise Killed
-        return whole(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LearningModule, "training_step", dying)
-        with pytest.raises(Killed):
-            learning.run("adapter_learning", learned)
+    run_killed("adapter_learning", learned, 15)
     learning.run("adapter_learning", learned)
     one, other = (read_adapter(c.model.nemo_path)[1] for c in (straight, learned))
     assert one.keys() == other.keys()

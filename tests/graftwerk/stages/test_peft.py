@@ -27,7 +27,7 @@ from graftwerk.stages import learning
 from graftwerk.training.base import Base
 from graftwerk.training.learner import build_learner, open_base, tokenizer_of
 from graftwerk.training.module import LearningModule
-from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
+from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows, run_killed
 from tests.graftwerk.tiny_families import as_family, eval_cfg, save_tiny
 
 __all__ = ["base", "cfg", "rows"]
@@ -458,26 +458,13 @@ def test_rows_may_fill_what_virtual_tokens_leave_of_the_positions(peft):
         ("fine_tuning", "none"),
     ],
 )
-def test_a_run_that_died_ends_with_the_same_bits(stage, scheme, peft, tmp_path, monkeypatch):
+def test_a_run_that_died_ends_with_the_same_bits(stage, scheme, peft, tmp_path):
     peft.model.peft.peft_scheme = scheme
     straight = elsewhere(peft, tmp_path / "straight")
     straight.model.nemo_path = str(tmp_path / "straight" / "result")
     assert learning.run(stage, straight) == 0
 
-    class Killed(BaseException):
-        pass
-
-    step = LearningModule.training_step
-
-    def dying(self, batch, batch_idx):
-        if self.global_step == 4:
-            raise Killed
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LearningModule, "training_step", dying)
-        with pytest.raises(Killed):
-            learning.run(stage, peft)
+    run_killed(stage, peft, 4)
     assert learning.run(stage, peft) == 0
     assert same(left(peft), left(straight))
 

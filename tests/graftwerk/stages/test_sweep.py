@@ -16,8 +16,7 @@ from graftwerk.errors import UserError
 from graftwerk.stages import learning
 from graftwerk.stages.eval import learned
 from graftwerk.training.goal import Goal
-from graftwerk.training.module import LearningModule
-from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
+from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows, run_killed
 from tests.graftwerk.stages.test_layouts import as_layout, on_processes, up_to
 from tests.graftwerk.tiny_families import as_family, save_tiny
 
@@ -196,26 +195,12 @@ def test_a_sweep_of_which_all_diverge_stops_with_the_reason(peft):
         learning.run("peft", wants(peft, sweep=wild))
 
 
-class Killed(BaseException):
-    """Stands for what ends a process."""
-
-
-def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(peft, tmp_path, monkeypatch):
+def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(peft, tmp_path):
     """Killed behind the validation that was the best of one point."""
     peft = wants(peft, sweep=RANKS)
     straight = elsewhere(peft, tmp_path / "straight")
     learning.run("peft", straight)
-    whole = LearningModule.training_step
-
-    def dying(self, batch, batch_idx):
-        if self.global_step == 4:
-            raise Killed
-        return whole(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LearningModule, "training_step", dying)
-        with pytest.raises(Killed):
-            learning.run("peft", peft)
+    run_killed("peft", peft, 4)
     assert learning.run("peft", peft) == 0
     assert 3 in {point["step"] for point in told(peft)["sweep"]}
     for point in RANKS:

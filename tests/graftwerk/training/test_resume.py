@@ -16,7 +16,13 @@ from graftwerk.checkpoints.resume import newest_checkpoint, read_checkpoint, wri
 from graftwerk.errors import UserError
 from graftwerk.stages import learning
 from graftwerk.training.module import LearningModule
-from tests.graftwerk.learning_stage import elsewhere, environment, read_metrics, write_rows
+from tests.graftwerk.learning_stage import (
+    elsewhere,
+    environment,
+    read_metrics,
+    run_killed,
+    write_rows,
+)
 
 Weights = dict[str, torch.Tensor]
 
@@ -30,45 +36,26 @@ def same(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-class Killed(BaseException):
-    """Stands for what ends a process."""
-
-
-def stop_before(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, step: int) -> None:
-    """Run until `step` optimizer steps are done, then die."""
-    with monkeypatch.context() as patch:
-        whole = LearningModule.training_step
-
-        def dying(self, batch, batch_idx):
-            if self.global_step == step:
-                raise Killed
-            return whole(self, batch, batch_idx)
-
-        patch.setattr(LearningModule, "training_step", dying)
-        with pytest.raises(Killed):
-            learning.run("adapter_learning", cfg)
-
-
 @pytest.mark.parametrize("step", [4, 6, 7, 10])
-def test_a_run_that_died_ends_with_the_same_bits(step, cfg, tmp_path, monkeypatch):
+def test_a_run_that_died_ends_with_the_same_bits(step, cfg, tmp_path):
     straight = run(elsewhere(cfg, tmp_path / "straight"))
-    stop_before(monkeypatch, cfg, step)
+    run_killed("adapter_learning", cfg, step)
     assert same(run(cfg), straight)
 
 
-def test_validation_counted_over_epochs_resumes_to_the_same_bits(cfg, tmp_path, monkeypatch):
+def test_validation_counted_over_epochs_resumes_to_the_same_bits(cfg, tmp_path):
     cfg.trainer.update(val_check_interval=8, max_epochs=4)
     straight = run(elsewhere(cfg, tmp_path / "straight"))
-    stop_before(monkeypatch, cfg, 19)
+    run_killed("adapter_learning", cfg, 19)
     assert same(run(cfg), straight)
     assert [int(row["step"]) for row in read_metrics(cfg) if row["val_loss"]] == [8, 16, 24]
 
 
-def test_worker_processes_and_a_cut_epoch_resume_to_the_same_bits(cfg, tmp_path, monkeypatch):
+def test_worker_processes_and_a_cut_epoch_resume_to_the_same_bits(cfg, tmp_path):
     cfg.trainer.limit_train_batches = 4
     cfg.model.data.num_workers = 1
     straight = run(elsewhere(cfg, tmp_path / "straight"))
-    stop_before(monkeypatch, cfg, 7)
+    run_killed("adapter_learning", cfg, 7)
     assert same(run(cfg), straight)
 
 
@@ -133,9 +120,9 @@ def test_key_max_time_per_run_saves_and_exits_75(cfg, tmp_path, monkeypatch):
     assert same(run(cfg), straight)
 
 
-def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(cfg, monkeypatch, tmp_path, capsys):
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(cfg, tmp_path, capsys):
     straight = run(elsewhere(cfg, tmp_path / "straight"))
-    stop_before(monkeypatch, cfg, 10)
+    run_killed("adapter_learning", cfg, 10)
     last = Path(cfg.exp_manager.explicit_log_dir) / "checkpoints" / "last.ckpt"
     assert read_checkpoint(last)["global_step"] == 9
     last.write_bytes(last.read_bytes()[:-100])
@@ -201,10 +188,10 @@ def test_key_resume_ignore_no_checkpoint_false_wants_one(cfg):
         learning.run("adapter_learning", cfg)
 
 
-def test_key_resume_from_checkpoint_goes_on_from_that_file(cfg, tmp_path, monkeypatch, capsys):
+def test_key_resume_from_checkpoint_goes_on_from_that_file(cfg, tmp_path, capsys):
     straight = run(elsewhere(cfg, tmp_path / "straight"))
     other = elsewhere(cfg, tmp_path / "other")
-    stop_before(monkeypatch, other, 7)
+    run_killed("adapter_learning", other, 7)
     cfg.trainer.resume_from_checkpoint = (
         other.exp_manager.explicit_log_dir + "/checkpoints/last.ckpt"
     )
