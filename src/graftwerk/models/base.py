@@ -12,7 +12,8 @@ from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.slots import Flow, Site, Slot
 from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.layers import Context, Embedding, runs_within
+from graftwerk.models.context import Context, runs_within
+from graftwerk.models.layers import Embedding
 from graftwerk.models.positions import rotary_angles, visibility, within
 from graftwerk.models.scoring import Score, scored
 

@@ -10,7 +10,8 @@ from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Start, Transformer, with_virtual
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.layers import ACTIVATIONS, Context, Layers, make_norm
+from graftwerk.models.context import Context
+from graftwerk.models.layers import ACTIVATIONS, Layers, make_norm
 from graftwerk.models.positions import same_document
 
 

@@ -8,7 +8,8 @@ from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Start, Transformer, decoder_context
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.layers import Context, Layers
+from graftwerk.models.context import Context
+from graftwerk.models.layers import Layers
 from graftwerk.models.positions import (
     FAR,
     RelativePosition,

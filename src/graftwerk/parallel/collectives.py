@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from graftwerk.adapters.composition import names
 from graftwerk.adapters.part import Collectives
 from graftwerk.models import BERT, GPT, T5
-from graftwerk.models.layers import MLP, Attention, CrossAttention
+from graftwerk.models.attention import Attention, CrossAttention
+from graftwerk.models.layers import MLP
 from graftwerk.parallel.tensor import GroupRanks
 
 

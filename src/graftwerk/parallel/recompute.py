@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftwerk.errors import UserError
-from graftwerk.models.layers import Attention, Context, CrossAttention, TransformerLayer
+from graftwerk.models.attention import Attention, CrossAttention
+from graftwerk.models.context import Context
+from graftwerk.models.layers import TransformerLayer
 
 KEY = "model.activations_checkpoint_granularity"
 # What is computed again: which method of which modules.

@@ -19,7 +19,7 @@ from graftwerk.adapters.part import Layout, Part
 from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.slots import Flow, JoinSlot, LayerSlot, Slot
 from graftwerk.errors import UserError
-from graftwerk.models.layers import Context
+from graftwerk.models.context import Context
 from graftwerk.models.positions import FAR
 from graftwerk.parallel.exchange import (
     join_row,

@@ -26,7 +26,9 @@ from graftwerk.adapters.ranks import Ranks
 from graftwerk.adapters.slots import JoinSlot, Slot, slots_of
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5
-from graftwerk.models.layers import Attention, Context, Layers, TransformerLayer
+from graftwerk.models.attention import Attention
+from graftwerk.models.context import Context
+from graftwerk.models.layers import Layers, TransformerLayer
 from graftwerk.parallel.exchange import (
     enter_row,
     leave_row,

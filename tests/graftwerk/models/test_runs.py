@@ -56,7 +56,9 @@ def test_attention_of_runs_is_that_of_whole_rows(shape):
     positions = torch.arange(18).expand(2, -1) % 9
     found = []
     for least in (1, 18):
-        with patch("graftwerk.models.layers.runs_of", lambda end, least=least: runs_of(end, least)):
+        with patch(
+            "graftwerk.models.context.runs_of", lambda end, least=least: runs_of(end, least)
+        ):
             model.zero_grad()
             logits = model(tokens, positions, end)
             logits.square().mean().backward()
