@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from graftwerk.errors import Ended, UserError, is_storage, one_line
+from graftwerk.errors import Ended, Exit, UserError, is_storage, one_line
 
 # Imported when asked for: `score` needs no torch, and a wrong name needs nothing. The learning
 # stages are one, which is told its name.
@@ -35,14 +35,13 @@ COMMANDS = {
     "merge": "graftwerk.checkpoints.merge",
     "inspect": "graftwerk.checkpoints.inspect",
 }
-FAILED, WRONG_INPUT, REQUEUE = 1, 2, 75
 
 
 def main(argv: list[str]) -> int:
     """Runs a stage or a command; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if argv else WRONG_INPUT
+        return Exit.DONE if argv else Exit.WRONG_INPUT
     name, *rest = argv
     if name in COMMANDS:
         return importlib.import_module(COMMANDS[name]).main(rest) or 0
@@ -69,7 +68,7 @@ def run_stage(name: str, cfg: Any) -> int:
     except Interrupted as reason:
         if first_rank():
             print(f"stopped by {reason}: start again to repeat it")
-        return REQUEUE
+        return Exit.REQUEUE
 
 
 def usage() -> str:
@@ -100,19 +99,19 @@ def guarded(argv: list[str]) -> int:
         code = main(argv)
     except BrokenPipeError:  # `... inspect FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return Exit.FAILED
     except UserError as error:
         if first_rank():
             print(one_line(error), file=sys.stderr)
-        code = WRONG_INPUT
+        code = Exit.WRONG_INPUT
     except Ended as end:
-        code = int(end.code or FAILED)
+        code = int(end.code or Exit.FAILED)
     except Exception as error:
         if is_storage(error):
             print(one_line(error), file=sys.stderr)
         else:
             traceback.print_exc()
-        code = FAILED
+        code = Exit.FAILED
     leave_group()
     return code
 

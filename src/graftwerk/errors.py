@@ -1,9 +1,20 @@
-"""Exceptions that end a process with a message of their own instead of a traceback."""
+"""How a process ends: its exit codes, and exceptions with a message in place of a traceback."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
+
+
+class Exit(IntEnum):
+    """The exit codes of a stage; the scripts of jobs go by them."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG_INPUT = 2
+    REQUEUE = 75  # stopped in time, to go on later (EX_TEMPFAIL of sysexits.h)
+    LOST_PEER = 76  # another process of the run was killed, or is gone with its host
 
 
 class UserError(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from graftwerk.errors import Exit
 from tests.chaos.strikes import PHASES, Strike
 from tests.graftwerk.learning_stage import elsewhere, read_metrics
 from tests.graftwerk.ranks import Rank, start_stage
@@ -84,12 +85,12 @@ def assert_ended(ranks: list[Rank], strike: Strike) -> None:
     assert time.monotonic() - at < 60
     everything = "".join(rank.said + rank.complained for rank in ranks)
     if not strike.kills:
-        assert codes in ([0] * len(codes), [75] * len(codes)), everything
+        assert codes in ([Exit.DONE] * len(codes), [Exit.REQUEUE] * len(codes)), everything
         return
     assert codes[strike.rank] == 128 + signal.SIGKILL
     for rank, code in enumerate(codes):
         if rank != strike.rank:
-            assert code == 76, everything
+            assert code == Exit.LOST_PEER, everything
             assert f"rank {strike.rank} on {socket.gethostname()} is gone" in everything
 
 

@@ -123,7 +123,8 @@ def _readers(
             yield rows, Trees(model, batch, device, most, compiler)
         return
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    make, size = (WholeRow, 1) if model.plan.whole_row else (Rows, batch_size)
+    whole = model.plan.whole_row
+    size = 1 if whole else batch_size
     alike = isinstance(model, GPT) and bool(below(model.active, Split))  # tokens by their numbers
     groups = groupby(order, key=lambda row: len(prompts[row]) if alike else 0)
     for rows in (rows for _, group in groups for rows in batched(group, size)):
@@ -131,7 +132,8 @@ def _readers(
         if task_ids is not None:
             tasks = torch.tensor([task_ids[row] for row in rows], device=device)
         numbers = torch.tensor(rows, device=device)
-        yield rows, make(model, [prompts[row] for row in rows], numbers, tasks, most)
+        batch = (model, [prompts[row] for row in rows], numbers, tasks)
+        yield rows, WholeRow(*batch) if whole else Rows(*batch, most)
 
 
 def batched(rows: Iterable[int], size: int) -> Iterator[list[int]]:

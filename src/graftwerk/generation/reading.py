@@ -127,7 +127,6 @@ class WholeRow:
         prompts: Sequence[Sequence[int]],
         numbers: Tensor,
         task_ids: Tensor | None,
-        most: int,
     ):
         self.model, self.numbers, self.task_ids = model, numbers, task_ids
         self.prompt = torch.tensor([list(prompts[0])], device=numbers.device)

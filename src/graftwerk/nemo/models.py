@@ -248,7 +248,7 @@ class MegatronSFTModel(pl.LightningModule):
         questions = questions_of(
             self.cfg, self.tokenizer, self.base.config, self.model.virtual_tokens
         )
-        own = questions[self.mesh.data.rank :: self.mesh.data.size]
+        own = [questions[number] for number in self.mesh.data.share(len(questions))]
         size = self.cfg.micro_batch_size
         batches = [own[start : start + size] for start in range(0, len(own), size)]
         return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 
 from graftwerk.data.datamodule import AnswerDataModule
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.nemo.config import read_config, result_path
 from graftwerk.stages import learning
 from graftwerk.training.loggers import check_loggers
@@ -67,12 +67,12 @@ class MegatronTrainer(pl.Trainer):
             with Peers(self.world):
                 code = self._learn(model)
         except Interrupted:  # before the first step
-            code = learning.REQUEUE
+            code = Exit.REQUEUE
         self.strategy.barrier()  # the result is there for every process
-        if model.mesh.model_parallel and code == learning.DONE:
+        if model.mesh.model_parallel and code == Exit.DONE:
             model.restore_result(self.result)
         model.eval()
-        if code != learning.DONE:
+        if code != Exit.DONE:
             raise SystemExit(code)
         return None
 

@@ -30,6 +30,10 @@ class Axis:
     def last(self) -> bool:
         return self.rank == self.size - 1
 
+    def share(self, total: int) -> range:
+        """The numbers, of 0 to `total`, that fall to this process: a run of them."""
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Adds up over the axis, in place."""
         if self.group is not None:

@@ -28,7 +28,7 @@ from graftwerk.checkpoints.base_path import base_of
 from graftwerk.checkpoints.leftovers import remove_leftovers
 from graftwerk.data.datamodule import data_files, encoders_from_config
 from graftwerk.data.jsonl import read_rows, replacing, write_json
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.evaluation.metrics import squad_scores
 from graftwerk.evaluation.predict import Answer, Answerer, Questions
 from graftwerk.evaluation.spans import SpanAnswerer
@@ -45,7 +45,6 @@ from graftwerk.training.trainer import device_of, precision_of
 from graftwerk.training.world import World
 
 BASE = "base"
-REQUEUE = 75
 # What a learning stage told of an adapter in its `summary.json`, to stand beside the scores.
 LEARNED = ("trainable_parameters", "total_parameters", "steps", "seconds", "file_bytes")
 
@@ -64,8 +63,8 @@ def run(cfg: DictConfig) -> int:
         with Peers(world):
             return _run(cfg, world)
     except Interrupted as reason:
-        (print if world.rank == 0 else _silence)(f"stopped by {reason}: start again to repeat it")
-        return REQUEUE
+        world.say(f"stopped by {reason}: start again to repeat it")
+        return Exit.REQUEUE
 
 
 def _run(cfg: DictConfig, world: World) -> int:
@@ -96,14 +95,16 @@ def _run(cfg: DictConfig, world: World) -> int:
     device = device_of(cfg.trainer, world)
     dtype = precision_of(cfg.trainer)
     mesh = world.mesh(model_cfg, device)
-    first, say = world.rank == 0, (print if world.rank == 0 else _silence)
+    first = world.rank == 0
     model = base.load(dtype, device, model_cfg.seed, mesh=mesh)
     scored = put_on(model, paths, files, compositions)
     Placement(model, mesh)
     if base.fresh_head and model_cfg.evaluate_base:
-        say(f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one")
+        world.say(
+            f"{BASE}: {base.path} has no head {base.config.head}: it answers with a random one"
+        )
     if sampling.idle:
-        say(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
+        world.say(f"model.inference.greedy=True: {', '.join(sampling.idle)} has no effect")
 
     def result(name: str, path: str | None, model: GPT | T5 | BERT) -> dict[str, Any]:
         file = None if path is None else Path(path)
@@ -123,7 +124,7 @@ def _run(cfg: DictConfig, world: World) -> int:
         Placement(model, mesh)
         results.append(result(name, other.path, model))
     if not first:
-        return 0
+        return Exit.DONE
     metrics = {
         "base_model": base.path,
         "questions": len(truth),
@@ -133,7 +134,7 @@ def _run(cfg: DictConfig, world: World) -> int:
     remove_leftovers(folder)
     write_json(folder / "metrics.json", metrics)
     show(results, len(truth), questions)
-    return 0
+    return Exit.DONE
 
 
 def check(cfg: DictConfig) -> None:
@@ -336,10 +337,6 @@ def read_questions(
     return questions
 
 
-def _silence(*args: Any, **kwargs: Any) -> None:
-    """What the ranks other than zero say."""
-
-
 def ask(
     name: str,
     model: GPT | T5 | BERT,
@@ -354,7 +351,7 @@ def ask(
     is.
     """
     start, total = time.monotonic(), len(questions.prompts)
-    numbers = range(total * data.rank // data.size, total * (data.rank + 1) // data.size)
+    numbers = data.share(total)
     own = [questions.prompts[number] for number in numbers]
     with progress_bar(name, len(own), shown) as advance:
         answers = answerer.answer(model, own, advance, numbers)

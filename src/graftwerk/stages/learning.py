@@ -24,7 +24,7 @@ from graftwerk.checkpoints.resume import (
 from graftwerk.checkpoints.shards import check_space
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.parallel import fsdp
 from graftwerk.parallel.mesh import Mesh
 from graftwerk.parallel.placement import Placement
@@ -64,8 +64,6 @@ from graftwerk.training.trainer import (
 )
 from graftwerk.training.world import World, model_parallel_sizes
 
-DONE, FAILED, REQUEUE = 0, 1, 75
-
 
 def run(stage: str, cfg: DictConfig) -> int:
     """Runs a learning stage; returns the exit code: 0 done, 75 stopped in time and to go on later.
@@ -82,15 +80,14 @@ def run(stage: str, cfg: DictConfig) -> int:
         with Peers(world):
             return _run(stage, cfg, world)
     except Interrupted as reason:
-        (print if world.rank == 0 else _silence)(f"stopped by {reason} before the first step")
-        return REQUEUE
+        world.say(f"stopped by {reason} before the first step")
+        return Exit.REQUEUE
 
 
 def _run(stage: str, cfg: DictConfig, world: World) -> int:
     check(stage, cfg, world)
     device = device_of(cfg.trainer, world)
     mesh = world.mesh(cfg.model, device)
-    say = print if world.rank == 0 else _silence
     base = open_base(stage, cfg.model)
     tokenizer = tokenizer_of(cfg.model, base)
     goal = Goal.of(cfg.model, stage)
@@ -108,10 +105,10 @@ def _run(stage: str, cfg: DictConfig, world: World) -> int:
         static=device.type == "cuda",
     )
     for name, report in data.report.items():
-        say(f"{name}: {report}", flush=True)
+        world.say(f"{name}: {report}")
     learner = build_learner(stage, cfg, base, tokenizer, device, goal, mesh)
     for line in data.arrange(learner.model):
-        say(line, flush=True)
+        world.say(line)
     return train(stage, cfg, learner, data, world, device, mesh=mesh)
 
 
@@ -129,7 +126,6 @@ def train(
 
     `build` gives the Trainer, by the arguments of `build_trainer`.
     """
-    say = print if world.rank == 0 else _silence
     folder = log_folder(cfg)
     steps = Steps.of(cfg.trainer, data.steps_per_epoch)
     result = Path(str(cfg.model.nemo_path))
@@ -138,17 +134,17 @@ def train(
         remove_leftovers(folder / "checkpoints")
         points = [point_path(result, point.name).name for point in learner.sweep]
         remove_leftovers(result.parent, (result.name, *points))
-    resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", say, world)
+    resumed = find_resume(cfg.exp_manager, cfg.trainer, folder / "checkpoints", world)
     module, trainer, callbacks = assemble(
         stage, cfg, learner, data, steps, world, device, folder, resumed, build, mesh
     )
     check_room(module, callbacks, folder, result)
     if resumed is not None:
-        _say_resumed(say, resumed, steps)
+        _say_resumed(world, resumed, steps)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed.path if resumed else None)
     except Interrupted as reason:
-        return _interrupted(say, reason, callbacks.last.path, trainer.global_step)
+        return _interrupted(world, reason, callbacks.last.path, trainer.global_step)
     val_loss = restore_best(cfg.exp_manager, module, trainer, callbacks)
     counts, step = sizes(module, learner), trainer.global_step
     points = {} if callbacks.each is None else callbacks.each.found(step)
@@ -157,11 +153,7 @@ def train(
         summary = finish(stage, cfg, learner, module, data, device, step, val_loss, counts, points)
         write_json(folder / "summary.json", summary)
         show(summary)
-    return DONE
-
-
-def _silence(*args: Any, **kwargs: Any) -> None:
-    """What the ranks other than zero say."""
+    return Exit.DONE
 
 
 # ---- before anything is read
@@ -232,11 +224,11 @@ class Resumed:
 
 
 def find_resume(
-    manager: DictConfig, trainer: DictConfig, folder: Path, say: Any, world: World
+    manager: DictConfig, trainer: DictConfig, folder: Path, world: World
 ) -> Resumed | None:
     """The run's own newest checkpoint; where it has none, `trainer.resume_from_checkpoint`."""
     if manager.get("resume_if_exists"):
-        found = newest_checkpoint(folder, lambda line: say(f"warning: {line}", flush=True))
+        found = newest_checkpoint(folder, lambda line: world.say(f"warning: {line}"))
         if found is not None:
             return Resumed(found[0], found[1]["global_step"])
     given = trainer.get("resume_from_checkpoint")
@@ -253,7 +245,7 @@ def find_resume(
             f"exp_manager.resume_ignore_no_checkpoint: True to start anew"
         )
     if world.rank == 0 and (aside := put_aside(folder)):
-        say(f"starting anew; earlier checkpoints are now in {aside}", flush=True)
+        world.say(f"starting anew; earlier checkpoints are now in {aside}")
     return None
 
 
@@ -347,19 +339,21 @@ def sizes(module: LearningModule, learner: Learner) -> tuple[int, int]:
     return trained, sum(numel(parameter) for parameter in learner.model.parameters())
 
 
-def _say_resumed(say: Any, resumed: Resumed, steps: Steps) -> None:
+def _say_resumed(world: World, resumed: Resumed, steps: Steps) -> None:
     if steps.total is not None and resumed.step >= steps.total:
-        say(f"complete already: {resumed.path} is at step {resumed.step}; writing its result again")
+        world.say(
+            f"complete already: {resumed.path} is at step {resumed.step}; writing its result again"
+        )
     else:
-        say(f"going on from step {resumed.step}: {resumed.path}", flush=True)
+        world.say(f"going on from step {resumed.step}: {resumed.path}")
 
 
-def _interrupted(say: Any, reason: Interrupted, saved: Path | None, step: int) -> int:
+def _interrupted(world: World, reason: Interrupted, saved: Path | None, step: int) -> int:
     if saved is None:
-        say(f"stopped by {reason} at step {step}; no checkpoints are kept, so it is lost")
-        return FAILED
-    say(f"stopped by {reason} at step {step}: start again to go on from {saved}", flush=True)
-    return REQUEUE
+        world.say(f"stopped by {reason} at step {step}; no checkpoints are kept, so it is lost")
+        return Exit.FAILED
+    world.say(f"stopped by {reason} at step {step}: start again to go on from {saved}")
+    return Exit.REQUEUE
 
 
 # ---- the result

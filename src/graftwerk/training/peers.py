@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from graftwerk.errors import Ended, UserError, is_storage, one_line
-from graftwerk.training.peers_hub import JOINING, LOST_PEER, SILENT, Connection, Hub, lost
+from graftwerk.errors import Ended, Exit, UserError, is_storage, one_line
+from graftwerk.training.peers_hub import JOINING, SILENT, Connection, Hub, lost
 from graftwerk.training.stopping import Interrupted, Stop
 from graftwerk.training.world import World
 
-FAILED, WRONG_INPUT, REQUEUE = 1, 2, 75
 MEETINGS = count()  # of this process; those of all have the same number
 GRACE = 10.0  # seconds that a process has to end by itself once another one has failed
 
@@ -37,7 +36,8 @@ class Peers:
     """This process among those of a run; within its `with` they share their ends.
 
     An exception ends all processes with its exit code, and only the first to fail says why: the
-    others leave with `Ended`. Where one has vanished, the code is `LOST_PEER`. Signals are noted in
+    others leave with `Ended`. Where one has vanished, the code is
+    `Exit.LOST_PEER`. Signals are noted in
     `world.stop` meanwhile, and passed on. A process alone has its signals to look after, no more.
     """
 
@@ -80,7 +80,7 @@ class Peers:
         except (dist.DistError, OSError) as error:
             words = str(error).partition("\n")[0]
             print(f"error: rank {rank} finds no rank 0 at {host}: {words}", file=sys.stderr)
-            raise Ended(LOST_PEER) from None
+            raise Ended(Exit.LOST_PEER) from None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
@@ -95,12 +95,12 @@ class Peers:
                 dist.barrier()  # rank zero may be writing still; a loss meanwhile is noticed
             self._close(link)
             return
-        code = WRONG_INPUT if isinstance(error, UserError) else FAILED
+        code = Exit.WRONG_INPUT if isinstance(error, UserError) else Exit.FAILED
         if of_collective(error):  # another process is at fault, and is going to be named
             link.ended.wait(GRACE / 2 if self.stop.reason else SILENT + GRACE)
             # Who was told to stop before there was anything to save has left without more ado.
-            code = REQUEUE if self.stop.reason else FAILED
-        if link.fail(code) and code != REQUEUE:
+            code = Exit.REQUEUE if self.stop.reason else Exit.FAILED
+        if link.fail(code) and code != Exit.REQUEUE:
             print(self._words(error), file=sys.stderr, flush=True)
         self._close(link)
         raise Ended(link.code or code) from None
@@ -215,7 +215,7 @@ class Link:
         if "end" in message:
             self.code = message["end"]
             self.ended.set()
-            if self.code == LOST_PEER:
+            if self.code == Exit.LOST_PEER:
                 end_now(self.code, message["say"])
             self.until = time.monotonic() + GRACE
 
@@ -223,13 +223,13 @@ class Link:
         if self.code is None and self.stop.polled:  # it has begun, and will stop by itself
             self.until = float("inf")
             return
-        end_now(REQUEUE if self.code is None else self.code, "")
+        end_now(Exit.REQUEUE if self.code is None else self.code, "")
 
     def _without_hub(self) -> None:
         """Rank zero is gone, and nobody is left to choose who says it: the first of each side."""
         host = self.hosts[0] if self.hosts else "its host"
         away = next((rank for rank, other in enumerate(self.hosts) if other != host), 1)
-        end_now(LOST_PEER, lost([0], host) if self.rank in (1, away) else "")
+        end_now(Exit.LOST_PEER, lost([0], host) if self.rank in (1, away) else "")
 
 
 def end_now(code: int, say: str) -> None:

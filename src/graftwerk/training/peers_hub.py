@@ -9,7 +9,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-LOST_PEER = 76
+from graftwerk.errors import Exit
+
 SILENT = 30  # seconds after which a host that does not answer is taken for dead
 JOINING = 600  # seconds in which all processes have to come up
 GATHERED = 1.0  # seconds in which several losses are one: a node has many processes
@@ -134,11 +135,11 @@ class Hub:
             there = sorted(rank for rank in self.lost if self.hosts[rank] == host)
         else:
             host, there = "a host unknown", sorted(set(range(self.size)) - set(self.hosts))
-        self.verdict = {"end": LOST_PEER, "say": ""}
+        self.verdict = {"end": Exit.LOST_PEER, "say": ""}
         speaker = min(self.open, default=0)
         for rank in sorted(self.open, reverse=True):  # rank zero last: where it ends, this does
             say = lost(there, host) if rank == speaker else ""
-            self._tell(self.open[rank], end=LOST_PEER, say=say)
+            self._tell(self.open[rank], end=Exit.LOST_PEER, say=say)
 
     def _tell_all(self, but: int | None = None, **message: Any) -> None:
         for rank in sorted(self.open, reverse=True):

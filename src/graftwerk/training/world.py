@@ -56,6 +56,11 @@ class World:
                 f"`torchrun --nproc-per-node {devices}`, or change trainer.devices"
             )
 
+    def say(self, line: str) -> None:
+        """Prints a line, once: on rank zero."""
+        if self.rank == 0:
+            print(line, flush=True)
+
     def connect(self, device: torch.device) -> None:
         """Joins the processes, over NCCL on GPUs and gloo on CPUs. A process alone: nothing to do.
 

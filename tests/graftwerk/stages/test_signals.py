@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from graftwerk.__main__ import guarded, read_config
 from graftwerk.checkpoints import adapter_export
+from graftwerk.errors import Exit
 from graftwerk.models import GPT
 from graftwerk.stages import eval as evaluation
 from tests.graftwerk.learning_stage import base, elsewhere  # noqa: F401
@@ -68,7 +69,7 @@ def test_a_signal_while_answers_are_written_ends_within_the_step(
     last = steps - 1  # the adapter's, which come behind the base's
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "forward", counted(calls, last, number))
-        assert evaluation.run(cfg) == 75
+        assert evaluation.run(cfg) == Exit.REQUEUE
     assert len(calls) == last
     assert files(results(cfg)) == ["base/predictions.jsonl"]
     name = signal.Signals(number).name
@@ -88,7 +89,7 @@ def test_a_signal_while_a_file_is_written_leaves_the_one_before(cfg, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.json, "dumps", dumps)
-        assert evaluation.run(cfg) == 75
+        assert evaluation.run(cfg) == Exit.REQUEUE
     assert (results(cfg) / "base" / "predictions.jsonl").read_bytes() == before
     assert not list(results(cfg).rglob(".*"))
 
@@ -110,7 +111,9 @@ def test_a_signal_to_one_process_ends_both(cfg, tmp_path):  # noqa: F811
     ranks[1].wait_for("answers")
     ranks[1].send(signal.SIGUSR1)
     sent = time.monotonic()
-    assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].complained + ranks[1].complained
+    assert [rank.wait() for rank in ranks] == [Exit.REQUEUE] * 2, (
+        ranks[0].complained + ranks[1].complained
+    )
     assert time.monotonic() - sent < 12
     assert [rank.complained for rank in ranks] == ["", ""]
     assert "stopped by SIGUSR1 of rank 1: start again" in ranks[0].said
@@ -154,7 +157,7 @@ def test_a_signal_ends_an_export_with_75_and_nothing_left(export, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(adapter_export, "replace_path", adapter_export.replace_path)
         killed_in_moving(signal.SIGTERM, 0)
-        assert guarded(["export", config]) == 75
+        assert guarded(["export", config]) == Exit.REQUEUE
     assert capsys.readouterr().out == "stopped by SIGTERM: start again to repeat it\n"
     assert list(place.parent.iterdir()) == []
     assert guarded(["export", config]) == 0

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints.adapter import read_adapter
 from graftwerk.checkpoints.resume import read_checkpoint
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.stages import learning
 from graftwerk.training.world import World
 from tests.graftwerk.learning_stage import elsewhere, environment, read_metrics
@@ -93,7 +93,7 @@ def test_one_process_that_is_told_to_stop_stops_both_with_their_state_saved(cfg,
             break
     said = processes[0].communicate(timeout=120)[0]
     processes[1].communicate(timeout=120)
-    assert [process.returncode for process in processes] == [75, 75]
+    assert [process.returncode for process in processes] == [Exit.REQUEUE] * 2
     reasons = ("SIGUSR2 of rank 1", "another process")
     assert any(f"stopped by {reason} at step" in said for reason in reasons)
     last = Path(cfg.exp_manager.explicit_log_dir) / "checkpoints" / "last.ckpt"

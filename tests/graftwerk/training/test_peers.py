@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from graftwerk.checkpoints.resume import read_checkpoint
+from graftwerk.errors import Exit
 from graftwerk.training.module import LearningModule
 from graftwerk.training.peers import Peers
 from graftwerk.training.peers_hub import Connection, Hub
@@ -45,7 +46,7 @@ def test_a_killed_process_is_named_by_the_other_which_ends_with_76(victim, two, 
     ranks[victim].send(signal.SIGKILL)
     killed = time.monotonic()
     other = ranks[1 - victim]
-    assert other.wait() == 76
+    assert other.wait() == Exit.LOST_PEER
     assert time.monotonic() - killed < 20
     assert other.complained == (
         f"rank {victim} on {HOST} is gone, killed or with the host: all processes end; start "
@@ -69,7 +70,7 @@ def wait_elsewhere(rank):
 
 def test_a_process_that_hangs_is_ended_too(two, tmp_path):
     first, second = start_stage(two, tmp_path, 2, wait_elsewhere)
-    assert (first.wait(), second.wait()) == (76, 128 + signal.SIGKILL)
+    assert (first.wait(), second.wait()) == (Exit.LOST_PEER, 128 + signal.SIGKILL)
     assert first.complained.startswith(f"rank 1 on {HOST} is gone")
 
 
@@ -118,7 +119,7 @@ def test_all_processes_of_a_dead_host_are_named_in_one_line_of_one_process():
     for rank in (2, 3):
         ranks[rank].raw.close()
     said = [read(ranks[rank]) for rank in (0, 1)]
-    assert [message["end"] for message in said] == [76, 76]
+    assert [message["end"] for message in said] == [Exit.LOST_PEER] * 2
     assert said[0]["say"].startswith("ranks 2, 3 on node1 are gone")
     assert said[1]["say"] == ""
     for rank in (0, 1):

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from graftwerk.errors import Exit
 from graftwerk.stages import learning
 from graftwerk.training import loggers
 from graftwerk.training.module import LearningModule
@@ -65,7 +66,7 @@ def test_a_resumed_run_remembers_its_losses(cfg, monkeypatch):
     seen = {}
     with monkeypatch.context() as patch:
         patch.setattr(LearningModule, "training_step", stop_at(7, seen, cfg))
-        assert learning.run("adapter_learning", cfg) == 75
+        assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     before = progress(cfg)
     seen.clear()
     monkeypatch.setattr(LearningModule, "training_step", stop_at(None, seen, cfg))
@@ -121,7 +122,7 @@ def service(cfg, monkeypatch):
 def test_a_resumed_run_goes_on_in_its_run_at_wandb(cfg, service, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LearningModule, "training_step", stop_at(4, {}, cfg))
-        assert learning.run("adapter_learning", cfg) == 75
+        assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     assert learning.run("adapter_learning", cfg) == 0
     first, second = service.runs
     assert first["id"] == second["id"]

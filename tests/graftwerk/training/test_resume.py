@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints.adapter import read_adapter
 from graftwerk.checkpoints.resume import newest_checkpoint, read_checkpoint, write_checkpoint
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.stages import learning
 from graftwerk.training.module import LearningModule
 from tests.graftwerk.learning_stage import (
@@ -96,7 +96,7 @@ def test_a_signal_saves_and_exits_75(number, cfg, tmp_path, monkeypatch, capsys)
 
     with monkeypatch.context() as patch:
         patch.setattr(LearningModule, "training_step", signalled)
-        assert learning.run("adapter_learning", cfg) == 75
+        assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     assert f"stopped by {number.name} at step 5" in capsys.readouterr().out
     assert not Path(cfg.model.nemo_path).exists()
     assert same(run(cfg), straight)
@@ -115,7 +115,7 @@ def test_key_max_time_per_run_saves_and_exits_75(cfg, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(LearningModule, "training_step", slow)
-        assert learning.run("adapter_learning", cfg) == 75
+        assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     cfg.exp_manager.max_time_per_run = None
     assert same(run(cfg), straight)
 

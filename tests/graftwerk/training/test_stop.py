@@ -12,6 +12,7 @@ import torch
 from graftwerk.checkpoints.adapter import read_adapter
 from graftwerk.checkpoints.resume import read_checkpoint
 from graftwerk.data.datamodule import AnswerDataModule
+from graftwerk.errors import Exit
 from graftwerk.stages import learning
 from graftwerk.training.module import LearningModule
 from tests.graftwerk.learning_stage import elsewhere, read_metrics
@@ -71,7 +72,7 @@ def test_stopped_in_a_validation_repeats_it_and_ends_with_the_same_bits(
         signalling = signals_at("validation_step", [step, batch])
         patch.setattr(LearningModule, "validation_step", signalling)
         code = learning.run("adapter_learning", cfg)
-    assert code == (0 if stopped is None else 75)
+    assert code == (Exit.DONE if stopped is None else Exit.REQUEUE)
     if stopped is not None:
         assert f"stopped by SIGUSR1 at step {stopped}:" in capsys.readouterr().out
         validated = [int(row["step"]) for row in read_metrics(cfg) if row["val_loss"]]
@@ -88,7 +89,7 @@ def test_stopped_without_validation_ends_with_the_same_bits(step, cfg, tmp_path,
     with monkeypatch.context() as patch:
         signalling = signals_at("training_step", [step - 1, 0])
         patch.setattr(LearningModule, "training_step", signalling)
-        assert learning.run("adapter_learning", cfg) == 75
+        assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     assert learning.run("adapter_learning", cfg) == 0
     assert_equal_runs(cfg, straight)
 
@@ -96,7 +97,7 @@ def test_stopped_without_validation_ends_with_the_same_bits(step, cfg, tmp_path,
 def test_sigterm_in_a_validation_is_not_lightnings(cfg, monkeypatch, capsys):
     signalling = signals_at("validation_step", [3, 0], signal.SIGTERM)
     monkeypatch.setattr(LearningModule, "validation_step", signalling)
-    assert learning.run("adapter_learning", cfg) == 75
+    assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     assert "stopped by SIGTERM at step 3:" in capsys.readouterr().out
 
 
@@ -108,7 +109,7 @@ def test_stopped_while_loading_ends_at_once_and_loses_nothing(cfg, monkeypatch, 
         whole(self, *args, **kwargs)
 
     monkeypatch.setattr(AnswerDataModule, "__init__", signalled)
-    assert learning.run("adapter_learning", cfg) == 75
+    assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     assert capsys.readouterr().out == "stopped by SIGTERM before the first step\n"
     assert not Path(cfg.exp_manager.explicit_log_dir).exists()
 
@@ -119,7 +120,7 @@ def test_a_signal_while_the_base_is_read_is_no_damaged_file(cfg, monkeypatch, ca
         time.sleep(5)
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__init__", signalled)
-    assert learning.run("adapter_learning", cfg) == 75
+    assert learning.run("adapter_learning", cfg) == Exit.REQUEUE
     assert capsys.readouterr().out == "stopped by SIGTERM before the first step\n"
 
 
@@ -171,7 +172,9 @@ def test_a_signal_to_one_process_stops_both_at_one_step(method, step, two, tmp_p
         *start_stage(straight, tmp_path / "straight", 2),
         *start_stage(two, tmp_path / "stopped", 2, patch),
     ]
-    assert [rank.wait() for rank in ranks] == [0, 0, 75, 75], ranks[2].complained
+    assert [rank.wait() for rank in ranks] == [Exit.DONE] * 2 + [Exit.REQUEUE] * 2, ranks[
+        2
+    ].complained
     first, second = ranks[2:]
     at = step + 1 if method == "training_step" else step
     assert f"stopped by SIGUSR2 of rank 1 at step {at}" in first.said or (
@@ -198,6 +201,8 @@ def signal_while_loading(rank):
 
 def test_a_signal_to_one_process_while_both_load_ends_both(two, tmp_path):
     first, second = start_stage(two, tmp_path, 2, signal_while_loading)
-    assert (first.wait(), second.wait()) == (75, 75), first.complained + second.complained
+    assert (first.wait(), second.wait()) == (Exit.REQUEUE, Exit.REQUEUE), (
+        first.complained + second.complained
+    )
     assert first.said == "stopped by SIGTERM of rank 1 before the first step\n"
     assert (second.said, first.complained, second.complained) == ("", "", "")
