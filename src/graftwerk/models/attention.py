@@ -92,6 +92,8 @@ class Attention(nn.Module):
             relative = context.relative if placed else None
             key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal, relative)
             causal = False
+        elif context.blocks is not None and (seen := context.blocks.of(self.windowed)) is not None:
+            return context.blocks.attend(query, key, value, seen, self.scale)
         elif context.runs is not None and mask is context.mask:
             return self._attend_runs(query, key, value, context.runs)
         return self._attend(query, key, value, mask, causal)

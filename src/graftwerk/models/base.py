@@ -13,6 +13,7 @@ from graftwerk.adapters.slots import Flow, Site, Slot
 from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context, runs_within
+from graftwerk.models.flex import Blocks
 from graftwerk.models.layers import Embedding
 from graftwerk.models.positions import rotary_angles, visibility, within
 from graftwerk.models.scoring import Score, scored
@@ -198,8 +199,12 @@ def decoder_context(
     positions: Tensor | None,
     end: Tensor | None,
     cache: KeyValueCache | None,
+    flex: bool = False,
 ) -> Context:
-    """Positions, masks and rotary angles of one causal pass; arguments as in `GPT.forward`."""
+    """Positions, masks and rotary angles of one causal pass; arguments as in `GPT.forward`.
+
+    `flex`: masks are for FlexAttention.
+    """
     batch, new = tokens.shape
     past = cache.length if cache is not None else 0
     if positions is None:
@@ -214,13 +219,17 @@ def decoder_context(
     seen = past + new
     visible = end if end is not None else torch.full((1, seen), seen, device=tokens.device)
     context = Context(positions, cache=cache, end=end)
-    if end is not None or (past and new > 1):
+    masked = end is not None or (past > 0 and new > 1)
+    window = config.window_size if config.window_size < seen else 0
+    context.causal = not masked and new > 1
+    if flex and (masked or window):
+        context.blocks = Blocks(batch, end, positions, window)
+    elif masked:
         context.mask = visibility(visible, new)
         if end is not None and cache is None and tokens.device.type == "cpu":
             context.runs = runs_within(end, context.mask)  # a GPU would have to wait for them
-    context.causal = context.mask is None and new > 1
-    if 0 < config.window_size < seen:
-        context.window_mask = visibility(visible, new, all_positions, config.window_size)
+    if window and context.blocks is None:
+        context.window_mask = visibility(visible, new, all_positions, window)
     if config.position_embedding_type == "rope":
         context.rotary = rotary_angles(positions, config, dtype)
     return context

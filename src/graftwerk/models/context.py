@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from graftwerk.adapters.slots import Flow, widen
 from graftwerk.models.cache import KeyValueCache
+from graftwerk.models.flex import Blocks
 from graftwerk.models.positions import FAR, RelativePosition, neighbours, runs_of
 
 
@@ -28,7 +29,8 @@ class Context:
     states. `relative` is the table that made `scores`. `documents` [B, tokens] or `end` [B, K] say
     which text each token is of, as in the models' arguments; neither: a row is one. `runs` are the
     columns of all rows, one row after the other, in runs that do not see each other: how many, and
-    the mask within them, None where it is plain causal; None: rows are not taken apart.
+    the mask within them, None where it is plain causal; None: rows are not taken apart. `blocks`
+    stand for `mask` and `window_mask` where FlexAttention reads them.
     """
 
     positions: Tensor
@@ -46,6 +48,7 @@ class Context:
     documents: Tensor | None = None
     end: Tensor | None = None
     runs: list[tuple[int, Tensor | None]] | None = None
+    blocks: Blocks | None = None
 
     def widened(self, n: int) -> "Context":
         """The context of a batch that is repeated `n` times.
@@ -70,6 +73,7 @@ class Context:
             documents=widen(self.documents, n),
             end=widen(self.end, n),
             runs=None if self.runs is None else self.runs * n,
+            blocks=None if self.blocks is None else self.blocks.widened(n),
         )
 
     def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:
@@ -97,10 +101,15 @@ class Context:
         ahead = max(columns - tokens, 0)
         before = F.pad(before, (ahead, 0), value=FAR)[:, -columns:]
         behind = F.pad(behind, (ahead, 0), value=FAR)[:, -columns:]
-        if self.documents is None and self.end is not None and self.mask is not None:
-            # In a tree a text's tokens do not stand together: those before one are what it sees.
-            virtual = self.mask.shape[3] - columns - self.flow.offset
-            depth = self.mask[:, 0].sum(-1) - 1 - virtual
+        if self.documents is None and self.end is not None:
+            # In a tree a text's tokens do not stand together: those before one are what it sees,
+            # all that come before it but those that nobody sees any more.
+            seen = self.end.shape[1]
+            query = torch.arange(seen - columns, seen, device=self.end.device)
+            over = torch.searchsorted(
+                self.end.sort().values, query.expand(len(self.end), -1).contiguous(), right=True
+            )
+            depth = query - over - (seen - columns - self.flow.offset)
             before = depth.masked_fill(depth < 0, FAR)
         return before, behind
 

@@ -1,17 +1,26 @@
 """The decoder-only model: GPT-2, LLaMA and their kin by `TransformerConfig` alone."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Start, Transformer, decoder_context, with_virtual
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
+from graftwerk.models.flex import suits
 from graftwerk.models.layers import Layers
 from graftwerk.models.scoring import Score
 
 
 class GPT(Transformer):
-    """A GPT with slots. Weights are random until a checkpoint is read into it."""
+    """A GPT with slots. Weights are random until a checkpoint is read into it.
+
+    `attention` says by what masked rows attend: `flex` by FlexAttention, where it knows what is
+    asked for, `sdpa` by torch's other kernels; `auto`: by FlexAttention where it is compiled.
+    """
+
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
@@ -88,12 +97,21 @@ class GPT(Transformer):
         if virtual or plan.shift:
             arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
             tokens, positions, end, _ = arguments
-        context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
+        flex = cache is None and self._flexes(tokens)
+        context = decoder_context(self.config, self.dtype, tokens, positions, end, cache, flex)
         context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual, chance)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             context = context.widened(plan.width)
         return Start(tokens, context, 0 if held else virtual)
+
+    def _flexes(self, tokens: Tensor) -> bool:
+        """Whether a pass without a cache masks its rows for FlexAttention."""
+        wanted = self.attention == "auto" and suits(tokens, self.config)
+        if not wanted and self.attention != "flex":
+            return False
+        drops = self.training and self.config.attention_dropout > 0
+        return not drops and not any(key.endswith(".prefix") for key in self.plan.actions)
 
     def _run(self, start: Start) -> tuple[Tensor, Flow]:
         plan = self.plan

@@ -1,0 +1,199 @@
+"""FlexAttention of packed rows against masks. On a CPU torch runs it plainly, forward and back."""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+
+from graftwerk.adapters import (
+    LoRAConfig,
+    Parallel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ReftConfig,
+    Stack,
+)
+from graftwerk.models.compiling import why_not_compiled
+from graftwerk.models.flex import Blocks
+from graftwerk.models.positions import visibility
+from tests.graftwerk.tiny import LLAMA, shake, tiny_gpt
+
+LENGTH = 300  # three tiles, the last not full
+WINDOWED = replace(LLAMA, num_layers=2, window_size=40, window_layers=(1,))
+
+
+@contextmanager
+def gradients_on_a_cpu():
+    """torch refuses them there, though its plain form has them."""
+    with patch.object(torch_flex, "_validate_device", lambda *_: None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is the plain form
+        yield
+
+
+def forest(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`end` and positions [1, LENGTH] of texts and trees, some long, and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    end, positions = torch.empty(LENGTH, dtype=torch.int64), torch.empty(LENGTH, dtype=torch.int64)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    def grow(start: int, stop: int, depth: int) -> None:
+        trunk = draw(stop - start)
+        end[start : start + trunk] = stop
+        positions[start : start + trunk] = torch.arange(depth, depth + trunk)
+        start += trunk
+        while start < stop:
+            branch = draw(stop - start)
+            grow(start, start + branch, depth + trunk)
+            start += branch
+
+    start = 0
+    while start < LENGTH - 20:
+        size = draw(LENGTH - 20 - start)
+        grow(start, start + size, 0)
+        start += size
+    end[start:], positions[start:] = torch.arange(start + 1, LENGTH + 1), 0
+    return end[None], positions[None]
+
+
+def forests(*seeds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [forest(seed) for seed in seeds]
+    return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("window", [0, 30, 200])
+def test_tiles_hold_the_mask(seed: int, window: int):
+    end, positions = forests(seed, seed + 100)
+    made = Blocks(2, end, positions, window).of(windowed=True)
+    assert made is not None
+    expected = visibility(end, LENGTH, positions if window else None, window)
+    said = torch_flex.create_mask(made.mask_mod, 2, None, LENGTH, LENGTH, "cpu")
+    torch.testing.assert_close(said, expected)
+    theirs = torch_flex.create_block_mask(made.mask_mod, 2, None, LENGTH, LENGTH, "cpu")
+    missed = theirs.to_dense().bool() & ~made.to_dense().bool()
+    assert not missed.any(), "a tile is skipped in which somebody is seen"
+    if not window:
+        torch.testing.assert_close(made.to_dense(), theirs.to_dense())
+    assert torch.equal(made.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    for query_tile in range(3):
+        for row in range(2):
+            count = int(theirs.full_kv_num_blocks[row, 0, query_tile])
+            one, other = (
+                m.full_kv_indices[row, 0, query_tile, :count].sort().values for m in (made, theirs)
+            )
+            assert torch.equal(one, other)
+
+
+def adapted(*configs, shape=WINDOWED, active="a"):
+    model = tiny_gpt(shape)
+    for name, config in zip("abc", configs, strict=False):
+        model.add_adapter(name, config)
+        for _, _, part in model.parts(name):
+            shake(part)
+    model.freeze_base()
+    model.set_active(active)
+    return model
+
+
+def both(model, end, positions):
+    """Logits and gradients by masks, and by FlexAttention."""
+    tokens = torch.randint(0, 60, end.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for way in ("sdpa", "flex"):
+        model.attention = way
+        model.zero_grad()
+        with gradients_on_a_cpu():
+            logits = model(tokens, positions, end)
+            logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logits.detach(), grads))
+    return found
+
+
+PROMPT = PromptTuningConfig(virtual_tokens=5)
+CASES = {
+    "grouped queries, a window in one layer": ("a", LoRAConfig(dim=4)),
+    "prompts before the row": (Stack("b", "a"), LoRAConfig(dim=4), PROMPT),
+    "copies of the batch": (Parallel("a", "b"), LoRAConfig(dim=4), LoRAConfig(dim=2)),
+    "places in texts": ("a", ReftConfig(prefix_positions=2, suffix_positions=0)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_says_what_masks_say_and_its_gradients_are_theirs(case: str):
+    active, *configs = CASES[case]
+    model = adapted(*configs, active=active)
+    with patch.object(Blocks, "attend", autospec=True, side_effect=Blocks.attend) as attend:
+        masks, flex = both(model, *forests(3, 4))
+    assert attend.call_count == model.config.num_layers
+    torch.testing.assert_close(flex[0], masks[0], rtol=1e-5, atol=1e-5)
+    assert masks[1], "nothing was trained"
+    torch.testing.assert_close(flex[1], masks[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_plain_rows_go_there_for_their_window_alone():
+    model = adapted(LoRAConfig(dim=4))
+    tokens = torch.randint(0, 60, (2, LENGTH))
+    expected = model(tokens)
+    model.attention = "flex"
+    with patch.object(Blocks, "attend", autospec=True, side_effect=Blocks.attend) as attend:
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
+    assert attend.call_count == 1
+
+
+def test_what_it_does_not_know_goes_by_masks():
+    end, positions = forest(0)
+    tokens = torch.zeros_like(end)
+    prefixed = adapted(PrefixTuningConfig(prefix_length=3))
+    dropping = adapted(LoRAConfig(dim=4), shape=replace(WINDOWED, attention_dropout=0.1))
+    dropping.train()
+    for model in (prefixed, dropping):
+        model.attention = "flex"
+        context = model.begin(tokens, positions, end).context
+        assert context.blocks is None
+        assert context.mask is not None
+    dropping.eval()
+    assert dropping.begin(tokens, positions, end).context.blocks is not None
+    dropping.attention = "auto"
+    assert dropping.begin(tokens, positions, end).context.blocks is None, "auto is for GPUs"
+
+
+@torch.no_grad()
+def test_other_texts_need_no_other_kernel():
+    kernels = []
+
+    def backend(graph, _):
+        kernels.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(torch_flex.flex_attention, backend=backend)
+    model = adapted(LoRAConfig(dim=4), shape=replace(LLAMA, num_layers=2))
+    model.attention = "flex"
+    with patch.dict("graftwerk.models.flex._kernels", {"cpu": compiled}):
+        for seed in range(4):
+            end, positions = forest(seed)
+            model(torch.zeros_like(end), positions, end)
+    assert len(kernels) == 1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(why_not_compiled("cpu") is not None, reason="a C++ compiler is needed")
+@torch.no_grad()
+def test_the_compiled_kernel_says_what_masks_say():
+    torch.compiler.reset()
+    model = adapted(LoRAConfig(dim=4), shape=replace(WINDOWED, hidden_size=64))
+    end, positions = forests(5, 6)
+    tokens = torch.randint(0, 60, end.shape, generator=torch.Generator().manual_seed(1))
+    expected = model(tokens, positions, end)
+    model.attention = "flex"
+    compiled = torch.compile(torch_flex.flex_attention)
+    with patch.dict("graftwerk.models.flex._kernels", {"cpu": compiled}):
+        torch.testing.assert_close(model(tokens, positions, end), expected, rtol=1e-4, atol=1e-5)
