@@ -27,9 +27,12 @@ TOKENS = [[1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 class Peak:
-    """The highest RssAnon and RSS of this process while it is watched, in bytes."""
+    """The highest RssAnon and RSS of this process while it is watched, in bytes; `every`: seconds
+    between two looks.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, every: float = 0.001) -> None:
+        self.every = every
         self.anonymous = self.resident = 0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -43,7 +46,7 @@ class Peak:
         self.thread.join()
 
     def _watch(self) -> None:
-        while not self.stopped.wait(0.001):
+        while not self.stopped.wait(self.every):
             self.look()
 
     def look(self) -> None:

@@ -31,6 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from figures import spread
+
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 PEERS = {
@@ -56,6 +58,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
     },
+    "llama3_1b": {  # for a GPU: 5 GB of float32
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+    },
 }
 METHODS = {"lora": ("peft", "adapters"), "ia3": ("peft", "adapters"), "bottleneck": ("adapters",)}
 OURS = ("padded", "packed", "shared")
@@ -69,7 +83,8 @@ class Case:
     """What one process is told: who it is, and what it trains on.
 
     `folder` holds the base, `rows.json` (steps of rows, each its tokens and [position, token] of
-    its labels) and the peers' adapters. `length`: the most tokens of a packed row.
+    its labels) and the peers' adapters; without peers ours trains a new LoRA. `length`: the most
+    tokens of a packed row. Device and type of the base are ours alone.
     """
 
     folder: str
@@ -80,6 +95,8 @@ class Case:
     threads: int
     micro_batch: int = 8
     length: int = 1024
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def main() -> int:
@@ -143,14 +160,26 @@ def setup() -> int:
 
 def write_inputs(folder: Path, shape: str, arguments: argparse.Namespace) -> dict[str, int]:
     """Base and rows; returns how many rows there are, and tokens in them."""
+    write_base(folder, shape, arguments.seed)
+    return write_rows(folder, arguments)
+
+
+def write_base(folder: Path, shape: str, seed: int, dtype: str = "float32") -> None:
+    """A base with random weights, by transformers."""
     import torch
     import transformers
 
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(seed)
     config: Any = dict(SHAPES[shape])
     config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder / "base")
+
+
+def write_rows(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
+    """The rows, drawn from torch's random state; returns how many there are, and tokens in them."""
+    import torch
+
     paragraphs = read_paragraphs(folder, arguments.squad, arguments.tokenizer)
     order = torch.randperm(len(paragraphs)).tolist()[: arguments.paragraphs or None]
     taken = [paragraphs[number] for number in order]
@@ -306,7 +335,7 @@ def table(
         )
         lines.append(
             f"| {name} | {rows / seconds:.2f} | {counts['tokens'] / seconds:.0f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) "
+            f"| {spread(ratios, '.2f')} "
             f"| {flops[first] / flops[name]:.2f} | {flops[name] / rows / 1e9:.1f} "
             f"| {flops[name] / seconds / 1e9:.0f} ({share:.0%}) "
             f"| {cpu / rows:.3f} | {peak / 1e9:.2f} |"

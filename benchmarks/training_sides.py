@@ -3,7 +3,6 @@
 Nothing of one side is imported by another: each runs in an environment of its own.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations, alone, forget_peak, matrices, peak, synchronise, traced
 
 if TYPE_CHECKING:
     from training import Case
@@ -41,67 +39,35 @@ def work(case: "Case") -> None:
     side(case, steps, answer)
 
 
-def asked(steps: Any, answer: Answer) -> Iterator[Any]:
-    """The steps again and again, as often as is asked; what they cost is answered."""
+def asked(steps: Any, answer: Answer, case: "Case") -> Iterator[Any]:
+    """The steps again and again, as often as is asked; what is asked for is answered.
+
+    `step`: what they cost. `count`: their operations. `alone`: the same calls, each by itself.
+    `trace`: seconds by groups of operators.
+    """
+    device, counted = case.device, Operations()
     for line in sys.stdin:
-        if line.strip() == "count":
-            with Operations() as counted:
+        what, groups = line.strip(), {}
+        if what == "count":
+            counted = Operations()
+            with counted:
                 yield from steps
             answer({"flops": counted.flops})
-            continue
-        forget_peak()
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield from steps
-        seconds = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        answer({**seconds, "peak": peak(), "matrices": matrices()})
-
-
-# ---- what is measured
-
-
-class Operations(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and attention."""
-
-    flops = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        packet = getattr(func, "_overloadpacket", None)
-        name = str(packet)
-        if "attention_for_cpu_backward" in name:
-            shapes = [tensor.shape for tensor in args[:4]]
-            self.flops += flop_counter.sdpa_backward_flop_count(*shapes)
-        elif "attention_for_cpu" in name:
-            self.flops += flop_counter.sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-        elif packet in flop_counter.flop_registry:
-            self.flops += flop_counter.flop_registry[packet](*args, **(kwargs or {}), out_val=made)
-        return made
-
-
-def matrices(seconds: float = 0.5, size: int = 2048) -> float:
-    """Operations a second of large matrix products, the best of some: what can be had right now."""
-    one, other = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
-    best, began = float("inf"), time.perf_counter()
-    with torch.no_grad():
-        while time.perf_counter() - began < seconds or best == float("inf"):
-            start = time.perf_counter()
-            torch.mm(one, other)
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def forget_peak() -> None:
-    """The highest resident size is counted anew from here, where the kernel lets us."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """The highest resident size in bytes, mapped files included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        elif what == "alone":
+            answer({"calls": alone(counted.calls, device)})
+        elif what == "trace":
+            with traced(groups, device):
+                yield from steps
+            answer(groups)
+        else:
+            forget_peak(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            yield from steps
+            synchronise(device)
+            seconds = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+            memory = peak(device)
+            large = matrices(device=device, dtype=case.dtype)
+            answer({**seconds, "peak": memory, "matrices": large})
 
 
 # ---- ours
@@ -110,16 +76,17 @@ def peak() -> int:
 def ours(case: "Case", steps: list[Rows], answer: Answer) -> None:
     """The learning stages' own module, under Lightning as they run it."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-    import pytorch_lightning as pl
-
+    from graftwerk.adapters.methods.lora import LoRAConfig
     from graftwerk.checkpoints import load_adapters, load_base
     from graftwerk.training.loss import answer_loss
-    from graftwerk.training.module import LearningModule, TrainingSettings
-    from graftwerk.training.trainer import quieten
 
-    quieten()
     batches = Steps(case, steps)
-    model: Any = load_base(Path(case.folder) / "base")
+    dtype = getattr(torch, case.dtype)
+    model: Any = load_base(Path(case.folder) / "base", dtype, case.device)
+    if not case.peers:
+        model.add_adapter("own", LoRAConfig(dim=8))
+        model.set_active("own")
+    first = [*case.peers, "own"][0]
     losses: dict[str, float] = {}
     for peer in reversed(case.peers):  # what the first one wrote is trained
         load_adapters(model, Path(case.folder) / f"{case.method}-{peer}", peer)
@@ -130,24 +97,46 @@ def ours(case: "Case", steps: list[Rows], answer: Answer) -> None:
                 for step in batches
                 for micro in step
             )
-    answer({"loss": losses, "version": f"torch {torch.__version__}"})
-    first = case.peers[0]
     model.train_only([first])
-    settings = TrainingSettings({"name": "adamw", "lr": RATE}, None, len(steps))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=-1,
-    )
+    answer({"loss": losses, "version": f"torch {torch.__version__}", **formulas(model, batches)})
+    fit(model, Asked(batches, answer, case), case.device)
+
+
+def formulas(model: Any, batches: "Steps") -> dict[str, float]:
+    """Operations of a pass over the steps as shapes have them: all, and those that are of use."""
+    from graftwerk.models.flops import Training, Work
+
+    training, kind = Training.of(model), model.config.architecture
+    micros = [micro for step in batches for micro in step]
+    works = {
+        "formula": [Work.of(micro.inputs()) for micro in micros],
+        "useful": [Work.useful(micro.inputs(), micro.num_tokens, kind) for micro in micros],
+    }
+    return {name: sum(training.flops(work).total for work in own) for name, own in works.items()}
+
+
+def fit(model: Any, steps: Any, device: str = "cpu") -> None:
+    """Trains what is to be trained on the steps that come, until there are none."""
+    import pytorch_lightning as pl
+
+    from graftwerk.training.module import LearningModule, TrainingSettings
+    from graftwerk.training.trainer import quieten
 
     class Module(LearningModule):
         def on_train_epoch_start(self) -> None:
             """There is no data module whose place it could set."""
 
-    trainer.fit(Module(model, settings), Asked(batches, answer))
+    quieten()
+    trainer = pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+    )
+    trainer.fit(Module(model, TrainingSettings({"name": "adamw", "lr": RATE}, None, 1)), steps)
 
 
 class Steps:
@@ -192,11 +181,11 @@ class Steps:
 class Asked:
     """What Lightning takes for a loader: it waits until a pass over the steps is asked for."""
 
-    def __init__(self, steps: Any, answer: Answer):
-        self.steps, self.answer = steps, answer
+    def __init__(self, steps: Any, answer: Answer, case: "Case"):
+        self.steps, self.answer, self.case = steps, answer, case
 
     def __iter__(self) -> Iterator[Any]:
-        return asked(self.steps, self.answer)
+        return asked(self.steps, self.answer, self.case)
 
     def __len__(self) -> int:
         return 1 << 40  # known, or Lightning would fetch one step ahead
@@ -315,7 +304,7 @@ def train(
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
-    for rows in asked(examples, answer):
+    for rows in asked(examples, answer, case):
         for loss in losses(rows):
             loss.backward()
         optimizer.step()
