@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graftwerk.adapters.composition import (
     Composition,
     Parallel,
+    Split,
     below,
     columns,
     fusions,
@@ -26,6 +27,7 @@ from graftwerk.adapters.plan import Plan, resolve_slot, unplaced_layers
 from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.replacements import Replacements
 from graftwerk.adapters.slots import Action, Flow, Record, Slot, slots_of
+from graftwerk.adapters.texts import Texts
 from graftwerk.errors import UserError
 
 # Compositions that hold in one thread only, by the identity of their model.
@@ -76,6 +78,7 @@ class AdapterModel(nn.Module):
         rows: Tensor | None = None,
         offset: int = 0,
         chance: Tensor | None = None,
+        texts: Texts | None = None,
     ) -> Flow:
         """What the slots of one pass are told; see `Flow`."""
         plan = self.plan
@@ -88,6 +91,7 @@ class AdapterModel(nn.Module):
             plan.distances,
             plan.unplaced,
             chance=None if chance is None else Chance(chance),
+            texts=texts,
         )
 
     def add_adapter(self, name: str, config: MethodConfig, head: bool = True) -> None:
@@ -224,6 +228,7 @@ class AdapterModel(nn.Module):
             action = resolve_slot(composition, slot, lengths, copies if widened else 1)
             if action is not None:
                 actions[slot.key] = action
+        parts = [part for name in methods for _, _, part in self.parts(name)]
         return Plan(
             composition,
             tuple(skip_layers),
@@ -233,7 +238,8 @@ class AdapterModel(nn.Module):
             widen_at,
             columns(composition, lengths),
             columns(composition, {name: method.shift for name, method in methods.items()}),
-            any(part.whole_row for name in methods for _, _, part in self.parts(name)),
+            any(part.whole_row for part in parts),
+            any(part.whole_text for part in parts) or bool(below(composition, Split)),
             self._distances(composition, methods),
             self._unplaced(methods, actions),
         )

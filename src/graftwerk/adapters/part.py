@@ -46,8 +46,8 @@ class Part(nn.Module, ABC):
     Weights may be wider than the activations (float32 beside bfloat16): a part computes in the type
     of its input. `unmergeable` says why a part cannot be merged into the base's weights, if so;
     `unsuited` why it has no meaning in a block of a composition, by the block's name. `whole_row`:
-    what it does at a token depends on tokens behind it; `own_row`: on all of its row, which must be
-    one text then. `adapter` and `site` are set when it is added to a model. `ranks` are those that
+    what it does at a token depends on tokens behind it; `whole_text`: on all tokens of its text.
+    `adapter` and `site` are set when it is added to a model. `ranks` are those that
     split the slot's input, so that its output on each is a summand of the whole; alone in all slots
     whose output is no sum.
     """
@@ -55,7 +55,7 @@ class Part(nn.Module, ABC):
     unmergeable: str | None = "it computes what the weights of a projection cannot hold"
     unsuited: ClassVar[dict[str, str]] = {}
     whole_row: bool = False
-    own_row: bool = False
+    whole_text: bool = False
     adapter: str = ""
     site: Site
     ranks: Ranks = ALONE

@@ -7,6 +7,7 @@ one; a block of a composition joins those of its children.
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from graftwerk.adapters.composition import (
 )
 from graftwerk.adapters.fusion import Fusable, Fusion, fuse
 from graftwerk.adapters.slots import Action, Slot, SlotCall
+from graftwerk.adapters.texts import Texts
 from graftwerk.errors import UserError
 
 
@@ -42,6 +44,7 @@ class Plan:
         shift: by how much the positions of real tokens move back.
         whole_row: a part's value at a token depends on tokens behind it, so that what was computed
             for the beginning of a row does not hold once the row has grown.
+        reads_texts: something asks which text of a packed row each token is of, or where in it.
         distances: what a T5's table of distances says of the active prefixes.
         unplaced: layers whose self-attention has no scores of distances.
     """
@@ -55,6 +58,7 @@ class Plan:
     virtual_tokens: int = 0
     shift: int = 0
     whole_row: bool = False
+    reads_texts: bool = False
     distances: str = "none"
     unplaced: frozenset[int] = frozenset()
 
@@ -249,17 +253,26 @@ def _by_columns(block: Split, children: Sequence[Action | None], call: SlotCall)
     if call.output.ndim == 2:  # a head's scores of rows, made of each one's first token
         first_child = children[0]
         return call.output if first_child is None else first_child(call)
+    stops = list(accumulate(block.splits[:-1]))  # columns before the row are the first child's
+    if call.flow.texts is not None:
+        return _by_places(stops, children, call, call.flow.texts)
     first, length = call.flow.offset, call.output.shape[1]
-    bounds, end = [], 0
-    for count in block.splits[:-1]:  # in tokens of the row; columns before it are the first child's
-        end += count
-        bounds.append(min(max(end - first, 0), length))
-    edges = [0, *bounds, length]
+    edges = [0, *(min(max(stop - first, 0), length) for stop in stops), length]
     kept = [(n, slice(edges[n], edges[n + 1])) for n in range(len(children))]
     kept = [(n, part) for n, part in kept if part.stop > part.start]
     calls = [call.columns_at(part) for _, part in kept]
     _run([children[n] for n, _ in kept], calls)
     return call.gather(calls, dim=1)
+
+
+def _by_places(
+    stops: Sequence[int], children: Sequence[Action | None], call: SlotCall, texts: Texts
+) -> Tensor:
+    """The same where rows hold several texts: each child on all columns, of which its own count."""
+    piece, pieces = texts.cut(stops)
+    calls = [replace(call, flow=replace(call.flow, texts=pieces)) for _ in children]
+    _run(children, calls)
+    return call.weigh(calls, [(piece == n)[..., None] for n in range(len(children))])
 
 
 def _averaged(shares: Sequence[float], children: Sequence[Action | None], call: SlotCall) -> Tensor:

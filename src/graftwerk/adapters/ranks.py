@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from graftwerk.adapters.texts import Texts
+
 
 class Ranks:
     """One device, which holds everything.
@@ -38,8 +40,17 @@ class Ranks:
         """A view of this rank's share of a whole tensor, split evenly along `dim`."""
         return x
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over the columns of a row: [B, S, n] -> [B, n]."""
+    def mean(self, x: Tensor, texts: Texts | None = None) -> Tensor:
+        """The mean over the columns of a row, [B, S, n] -> [B, 1, n]; over those of each text where
+        rows hold several, -> [B, S, n]."""
+        if texts is None:
+            return self.mean_of_rows(x)[:, None]
+        sums = self.sum(texts.sums(x))
+        means = sums[..., :-1] / sums[..., -1:].clamp(min=1)
+        return texts.spread(self.joined(means).to(x.dtype))
+
+    def mean_of_rows(self, x: Tensor) -> Tensor:
+        """The mean over all columns of a row: [B, S, n] -> [B, n]."""
         return x.mean(1)
 
     def columns(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from graftwerk.adapters.masks import Chance
 from graftwerk.adapters.mixin import AdapterSlotMixin
 from graftwerk.adapters.ranks import ALONE, Ranks
+from graftwerk.adapters.texts import Texts
 
 Split = Literal["replicated", "column", "row"]
 
@@ -65,8 +66,9 @@ class Site:
 class Record:
     """What parts say of themselves in a pass: name -> layer -> place -> values.
 
-    `gates`: [B] or [B, n], those of several parts at a place side by side; `fusions`: the weight of
-    each child, [B, S, children]. What a composition names twice has the rows of both calls.
+    `gates`: [B] or [B, n], those of several parts at a place side by side; in packed rows of each
+    column, [B, S] or [B, S, n]. `fusions`: the weight of each child, [B, S, children]. What a
+    composition names twice has the rows of both calls.
     """
 
     fusions: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Record:
         }
 
     def note_gate(self, part: nn.Module, name: str, layer: int, place: str, gate: Tensor) -> None:
-        """Takes the gates [B, n] of an adapter's part."""
+        """Takes the gates [B, n], or [B, S, n], of an adapter's part."""
         noted = self._gates.setdefault(name, {}).setdefault(layer, {}).setdefault(place, {})
         _add_rows(noted, part, gate)
 
@@ -98,8 +100,8 @@ def _add_rows(noted: dict[Any, Tensor], key: Any, values: Tensor) -> None:
 
 
 def _side_by_side(noted: Mapping[nn.Module, Tensor]) -> Tensor:
-    gates = torch.cat(list(noted.values()), 1)
-    return gates.squeeze(1) if gates.shape[1] == 1 else gates
+    gates = torch.cat(list(noted.values()), -1)
+    return gates.squeeze(-1) if gates.shape[-1] == 1 else gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ class Flow:
     parts note what they are asked to. `distances`: what a T5's table of distances says of prefixes
     (`methods.prefix.PrefixTuningConfig`), `unplaced`: layers whose self-attention has none. `row`:
     the ranks among which the row's columns are split. `chance`: what dropout draws from; None: from
-    torch's random state.
+    torch's random state. `texts`: those that lie in packed rows, where something active asks; None:
+    a row is one.
     """
 
     actions: Mapping[str, "Action"] = field(default_factory=dict)
@@ -124,16 +127,19 @@ class Flow:
     unplaced: frozenset[int] = frozenset()
     row: Ranks = ALONE
     chance: Chance | None = None
+    texts: Texts | None = None
 
     def of(self, change: Callable[[Tensor | None], Tensor | None]) -> "Flow":
         """That of other rows, which `change` makes of these."""
-        if self.rows is None and self.task_ids is None and self.chance is None:
+        told = self.rows, self.task_ids, self.chance, self.texts
+        if all(one is None for one in told):
             return self
         return replace(
             self,
             rows=change(self.rows),
             task_ids=change(self.task_ids),
             chance=None if self.chance is None else self.chance.of(change),
+            texts=None if self.texts is None else self.texts.each(change),
         )
 
 
@@ -255,8 +261,9 @@ class SlotCall:
         assert mask is not None
         return mask
 
-    def weigh(self, calls: Sequence["SlotCall"], shares: Sequence[float]) -> Tensor:
-        """The sum of the outputs of calls that ran side by side, each times its share.
+    def weigh(self, calls: Sequence["SlotCall"], shares: Sequence[float | Tensor]) -> Tensor:
+        """The sum of the outputs of calls that ran side by side, each times its share, which may
+        be one for each token, [B, S, 1].
 
         Where one of them is the layer's next state, the others become it first.
         """

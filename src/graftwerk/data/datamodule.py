@@ -85,8 +85,8 @@ class AnswerDataModule(LightningDataModule):
         self.packing = Packing.of(model_cfg.data, shape)
         self.shares = False  # rows that begin alike are computed once, where `arrange` allows it
         self.packing_report: PackingReport | None = None
-        sizes = model_cfg.global_batch_size, model_cfg.micro_batch_size, world_size
-        check_batch_sizes(*sizes, packed=self.packing is not None)
+        self._batch_sizes = model_cfg.global_batch_size, model_cfg.micro_batch_size, world_size
+        check_batch_sizes(*self._batch_sizes, packed=self.packing is not None)
         self._keys = {key: settings_of(model_cfg, key) for key in ("train_ds", "validation_ds")}
 
         def read(key: str, sources: list[Source], trainable: bool) -> AnswerDataset:
@@ -151,16 +151,20 @@ class AnswerDataModule(LightningDataModule):
     def arrange(self, model: AdapterModel) -> list[str]:
         """Settles, before training, what packing has to know of the model; lines for the log.
 
+        Rows are padded where packed ones would change what its adapters do, and are no trees where
+        shared tokens would.
+
         Raises:
-            UserError: where packed or shared tokens would change what its adapters do.
+            UserError: where `share_prefixes` insists on trees, and where padded rows do not come to
+                whole micro-batches.
         """
         if self.packing is None:
             return []
-        if reason := bound_to_rows(model):
-            raise UserError(f"{SIZE}={self.packing.size}: {reason}: set it to null")
-        lines, reason = [], bound_to_texts(model)
+        lines, reason, padded = [], bound_to_texts(model), bound_to_rows(model)
         if reason and self.packing.share is True:
             raise UserError(f"{SHARE}=True: {reason}: set it to auto or false")
+        if padded:
+            return [self._pad_instead(padded)]
         if reason and self.packing.share == "auto":
             lines = [f"packing: rows that begin alike are computed apart: {reason}"]
         self.shares = bool(self.packing.share) and not reason
@@ -168,6 +172,17 @@ class AnswerDataModule(LightningDataModule):
         self.sampler = self._train_sampler(groups)
         self.packing_report = self._packing_report(groups)
         return [*lines, *self.packing_report.lines(self.packing.size)]
+
+    def _pad_instead(self, reason: str) -> str:
+        """Takes rows out of packed rows again, before the first is made; a line for the log."""
+        assert self.packing is not None
+        said = f"rows are padded in spite of {SIZE}={self.packing.size}: {reason}"
+        self.packing = None
+        try:
+            check_batch_sizes(*self._batch_sizes)
+        except UserError as error:
+            raise UserError(f"{said}; {error}") from None
+        return f"packing: {said}"
 
     def _packing_report(self, groups: list[Groups]) -> PackingReport:
         batches = self._micro_batches("train_ds", self.train_set)

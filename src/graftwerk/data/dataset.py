@@ -47,7 +47,7 @@ class Batch:
         source_documents: [B, E] int64, 0 for tokens and -1 for padding; None where nothing is
             padded.
         documents: [B, S] int64, the same of a BERT's `tokens`. Of several documents in a row: the
-            number in the row of the one that a token, of a T5's source or target too, is of.
+            number in the row of the one that a token, of a T5's source too, is of.
         token_types: [B, S] int64, of a BERT that knows more than one.
         spans: [D, 2] int64, the row and the number in it of each document in which a BERT marks an
             answer, where rows hold several; labels are columns of the row then.

@@ -101,8 +101,7 @@ def pack(
         num_tokens=sum(sum(document.sizes) for document in documents),
         row_tokens=sum(sum(row.sizes) for row in held),
     )
-    if family != "gpt":
-        batch.documents = _numbers(rows, 0, shapes[0])
+    batch.documents = _numbers(rows, 0, shapes[0])
     if family == "t5":
         sources = [[document.rows[0].source for document in row] for row in rows]
         batch.source = _filled(sources, pad, shapes[1])

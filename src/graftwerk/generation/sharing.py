@@ -61,9 +61,9 @@ class Tree:
 def can_share(model: GPT) -> bool:
     """Whether what active adapters do at a token depends on nothing but it and those before it.
 
-    ReFT counts the tokens before, in rows of the cache.
+    ReFT counts the tokens before, in rows of the cache, and so does a `Split`.
     """
-    if bound_to_texts(model) is not None:
+    if bound_to_texts(model) is not None or model.plan.reads_texts:
         return False
     slots = slots_of(model).values()
     return not any(isinstance(s, LayerSlot) and s.key in model.plan.actions for s in slots)

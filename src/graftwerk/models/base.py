@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from graftwerk.adapters.model import AdapterModel
 from graftwerk.adapters.slots import Flow, Site, Slot
+from graftwerk.adapters.texts import Texts
 from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context, runs_within
 from graftwerk.models.flex import Blocks
 from graftwerk.models.layers import Embedding
-from graftwerk.models.positions import rotary_angles, visibility, within
+from graftwerk.models.positions import neighbours, rotary_angles, visibility, within
 from graftwerk.models.scoring import Score, scored
 
 
@@ -36,8 +37,9 @@ class Start:
 
     def own(self, x: Tensor, context: Context) -> tuple[Tensor, Flow]:
         """What came out of the last layer, of the row's own tokens, and what slots are told."""
-        flow = context.flow
-        return x[:, self.columns :], replace(flow, offset=flow.offset + self.columns)
+        flow, first = context.flow, self.columns
+        texts = flow.texts and flow.texts.each(lambda tensor: tensor[:, first:])
+        return x[:, first:], replace(flow, offset=flow.offset + first, texts=texts)
 
 
 class Transformer(AdapterModel):
@@ -57,6 +59,22 @@ class Transformer(AdapterModel):
         flow = start.context.flow if start.told is None else start.told
         positions = start.context.positions
         return self.embedding(start.tokens, positions, flow, start.types, start.columns)
+
+    def texts(
+        self, documents: Tensor | None, place: Tensor | None = None, ahead: int = 0
+    ) -> Texts | None:
+        """The texts of packed rows as slots are told them; None where nothing active asks.
+
+        `documents` [B, S]: which text of its row each token is of, -1 for padding; `place` [B, S]:
+        how many tokens of its text stand before it, None: those that do in the row. `ahead` columns
+        of prompts come in front.
+        """
+        if documents is None or not self.plan.reads_texts:
+            return None
+        if place is None:
+            place = neighbours(documents)[0]
+        documents, place = (F.pad(x, (ahead, 0), value=-1) for x in (documents, place))
+        return Texts.of(documents, place)
 
     def add_output_layer(self) -> None:
         """Gives the model its own output weights, or the bias beside tied ones, if it has them."""

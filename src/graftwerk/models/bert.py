@@ -61,7 +61,8 @@ class BERT(Transformer):
             in other documents. n times as many rows under a `Parallel` of n.
         """
         how = {"task_ids": task_ids, "record": record, "chance": chance}
-        start = self.begin(tokens, positions, documents, token_types, **how)
+        packed = spans is not None
+        start = self.begin(tokens, positions, documents, token_types, packed, **how)
         x, flow = self._run(start)
         return self.answer(x[:, start.columns :], flow, select, documents, spans)
 
@@ -134,12 +135,16 @@ class BERT(Transformer):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         token_types: Tensor | None = None,
+        packed: bool = False,
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
         chance: Tensor | None = None,
     ) -> Start:
-        """A pass before its first layer; arguments as in `forward`."""
+        """A pass before its first layer; arguments as in `forward`.
+
+        `packed`: rows hold several texts, which `documents` tells apart.
+        """
         plan = self.plan
         virtual = plan.virtual_tokens
         if virtual or plan.shift:
@@ -148,7 +153,9 @@ class BERT(Transformer):
             token_types = None if token_types is None else F.pad(token_types, (virtual, 0))
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        context = Context(positions, flow=self.flow(task_ids, record, None, -virtual, chance))
+        texts = self.texts(documents, ahead=virtual) if packed else None
+        flow = self.flow(task_ids, record, None, -virtual, chance, texts)
+        context = Context(positions, flow=flow)
         if documents is not None:
             context.documents = documents
             context.mask = same_document(documents, virtual)

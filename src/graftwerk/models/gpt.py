@@ -35,6 +35,7 @@ class GPT(Transformer):
         cache: KeyValueCache | None = None,
         select: Tensor | None = None,
         *,
+        documents: Tensor | None = None,
         task_ids: Tensor | None = None,
         record: Record | None = None,
         chance: Tensor | None = None,
@@ -50,6 +51,8 @@ class GPT(Transformer):
             cache: keys and values of earlier tokens; it takes up the new ones.
             select: [N] flat indices into B*S: only these positions reach the final norm and the
                 output layer.
+            documents: [B, S] of packed rows: which text, or tree of texts, of its row each token
+                is of, -1 for padding; with `positions` and `end`. None: a row is one text.
             task_ids: [B] the child of a `MultiTask` for each row.
             record: takes up what adapters say of themselves (`adapters.slots.Record`).
             chance: [B] what dropout draws from for each row (`adapters.masks`); None: from torch's
@@ -63,7 +66,7 @@ class GPT(Transformer):
             n*N rows.
         """
         how = {"task_ids": task_ids, "record": record, "chance": chance}
-        start = self.begin(tokens, positions, end, cache, **how)
+        start = self.begin(tokens, positions, end, cache, documents, **how)
         x, flow = self._run(start)
         return self.answer(x, flow, select, score)
 
@@ -86,6 +89,7 @@ class GPT(Transformer):
         positions: Tensor | None = None,
         end: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        documents: Tensor | None = None,
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
@@ -94,12 +98,14 @@ class GPT(Transformer):
         """A pass before its first layer; arguments as in `forward`."""
         plan, held = self.plan, cache.length if cache is not None else 0
         virtual = plan.virtual_tokens
+        texts = self.texts(documents, positions, virtual)
         if virtual or plan.shift:
             arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
             tokens, positions, end, _ = arguments
         flex = cache is None and self._flexes(tokens)
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache, flex)
-        context.flow = self.flow(task_ids, record, cache and cache.rows, held - virtual, chance)
+        rows = cache and cache.rows
+        context.flow = self.flow(task_ids, record, rows, held - virtual, chance, texts)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             context = context.widened(plan.width)

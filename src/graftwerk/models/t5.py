@@ -81,7 +81,8 @@ class T5(Transformer):
         states = None
         if source is not None:
             rows = None if cache is None else cache.rows
-            states = self._encode(self.begin_source(source, source_documents, rows, **how))
+            packed = documents is not None
+            states = self._encode(self.begin_source(source, source_documents, rows, packed, **how))
         given = positions, end, cache, states, source_documents, documents
         start = self.begin(tokens, *given, **how)
         x, flow = self._run(start)
@@ -127,8 +128,9 @@ class T5(Transformer):
         plan, held = self.plan, cache.length if cache is not None else 0
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
         rows = cache.rows if cache is not None else None
-        context.flow = self.flow(task_ids, record, rows, held, chance)
-        context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens, chance)
+        context.flow = self.flow(task_ids, record, rows, held, chance, self.texts(documents))
+        texts = None if documents is None else self.texts(source_documents)
+        context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens, chance, texts)
         if states is not None:
             if source_documents is not None:
                 if documents is None:
@@ -182,6 +184,7 @@ class T5(Transformer):
         source: Tensor,
         documents: Tensor | None = None,
         rows: Tensor | None = None,
+        packed: bool = False,
         *,
         task_ids: Tensor | None = None,
         record: Record | None = None,
@@ -189,7 +192,8 @@ class T5(Transformer):
     ) -> Start:
         """The encoder's pass before its first layer; arguments as in `encode`.
 
-        `rows` [B]: the rows' numbers, where some have left the batch.
+        `rows` [B]: the rows' numbers, where some have left the batch. `packed`: rows hold several
+        texts, which `documents` tells apart.
         """
         plan = self.plan
         virtual = plan.virtual_tokens
@@ -199,7 +203,9 @@ class T5(Transformer):
             before = neighbours(documents)[0]  # each document has positions of its own
             positions = F.pad(before.masked_fill(before == FAR, 0) + virtual, (virtual, 0))
             positions[:, :virtual] = torch.arange(virtual, device=source.device)
-        context = Context(positions, flow=self.flow(task_ids, record, rows, -virtual, chance))
+        texts = self.texts(documents, ahead=virtual) if packed else None
+        flow = self.flow(task_ids, record, rows, -virtual, chance, texts)
+        context = Context(positions, flow=flow)
         if documents is not None:
             context.documents = documents
             context.mask = same_document(documents, virtual)

@@ -262,7 +262,8 @@ class Pipeline:
         if isinstance(self.model, T5):
             return self._through_t5(self.model, given, select, received)
         model, run = self.model, self.run
-        start = model.begin(**given)
+        packed = {"packed": inputs.get("spans") is not None} if isinstance(model, BERT) else {}
+        start = model.begin(**given, **packed)
         x = model.embed(start) if run.enters else received[0]
         layers = model.decoder if isinstance(model, GPT) else model.encoder
         x, context = self._layers(layers, x, start.context)
@@ -281,7 +282,8 @@ class Pipeline:
         how = {key: given.get(key) for key in ("task_ids", "record", "chance")}
         if self.run.stack == "encoder":
             rows = None if cache is None else cache.rows
-            start = model.begin_source(source, documents, rows, **how)
+            packed = given.get("documents") is not None
+            start = model.begin_source(source, documents, rows, packed, **how)
             x = model.embed(start) if self.run.enters else received[0]
             x, _ = self._layers(model.encoder, x, start.context)
             return [model.encoder.finish(x) if self.run.leaves else x]

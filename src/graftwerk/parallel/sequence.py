@@ -18,6 +18,7 @@ from graftwerk.adapters.fusion import Fusion
 from graftwerk.adapters.part import Layout, Part
 from graftwerk.adapters.ranks import ALONE, Ranks
 from graftwerk.adapters.slots import Flow, JoinSlot, LayerSlot, Slot
+from graftwerk.adapters.texts import Texts
 from graftwerk.errors import UserError
 from graftwerk.models.context import Context
 from graftwerk.models.positions import FAR
@@ -39,10 +40,15 @@ class SequenceRow(Ranks):
         self.group, self.row_length = group, length
         self.start, self.size = run_of(group, length)
 
-    def mean(self, x: Tensor) -> Tensor:
+    def sum(self, x: Tensor) -> Tensor:
+        return sum_forward(x, self.group)
+
+    def joined(self, x: Tensor) -> Tensor:
+        return sum_backward(x, self.group)
+
+    def mean_of_rows(self, x: Tensor) -> Tensor:
         real = min(max(self.row_length - self.start, 0), self.size)  # the last ones may be padding
-        total = sum_forward(x[:, :real].sum(1), self.group)
-        return sum_backward(total / self.row_length, self.group)
+        return self.joined(self.sum(x[:, :real].sum(1)) / self.row_length)
 
     def columns(self, x: Tensor) -> Tensor:
         raise UserError(
@@ -90,7 +96,7 @@ class SplitJoin(ParallelStyle):
                 kwargs = {**dict(zip(_LAYER, rest, strict=True)), **kwargs}
                 kwargs["neighbours"] = _cut(kwargs["neighbours"], row_of(flow))
             kwargs["positions"] = own_columns(kwargs["positions"], group)
-            flow = replace(flow, offset=flow.offset + row_of(flow).start)
+            flow = replace(flow, offset=flow.offset + row_of(flow).start, texts=_own(flow, group))
             return (x, flow), kwargs
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -118,6 +124,12 @@ def _cut(neighbours: Neighbours, row: SequenceRow) -> Neighbours:
         return own_columns(before, row.group, FAR), own_columns(behind, row.group, FAR)
 
     return here
+
+
+def _own(flow: Flow, group: dist.ProcessGroup) -> Texts | None:
+    """The texts of this rank's run of columns."""
+    texts = flow.texts
+    return texts and texts.each(lambda x: own_columns(x, group, texts.padding))
 
 
 def between_sublayers(slot: nn.Module) -> bool:

@@ -4,8 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from graftwerk.adapters import Average, BottleneckConfig, Fuse, LoRAConfig, Parallel, Stack
-from graftwerk.adapters.configs import PrefixTuningConfig, ReftConfig
+from graftwerk.adapters import (
+    Average,
+    BottleneckConfig,
+    Fuse,
+    LoRAConfig,
+    Parallel,
+    Split,
+    Stack,
+)
+from graftwerk.adapters.configs import BnConfig, HubLoRAConfig, PrefixTuningConfig, ReftConfig
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.packing import bound_to_rows, bound_to_texts
 from tests.graftwerk.adapters.test_matrix import METHODS
@@ -34,8 +42,8 @@ MORE = {
     "dora_plain": LoRAConfig(dim=3, target_modules=("mlp",), dora=True),
 }
 ALL = {name: m for name, m in {**METHODS, **MORE}.items() if name != "mtl_lora"}
-ALONE = ("par_bn", "hub_lora", "prefix_gated")  # gates
-LOOK_AHEAD = ("reft_end", *ALONE)
+ALONE = ("prefix_gated",)
+LOOK_AHEAD = ("reft_end", "par_bn", "hub_lora", *ALONE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -62,6 +70,8 @@ COMPOSITIONS = {
     "average": Average("a", "b", weights=[0.3, 0.7]),
     "fuse": Fuse("a", "b"),
     "parallel_stack": Parallel(Stack("a", "b"), "b"),
+    "split": Split("a", "b", splits=[3, 1]),
+    "splits": Split("a", Split("b", "a", splits=[4, 1]), splits=[2, 1]),
 }
 
 
@@ -73,6 +83,42 @@ def test_compositions_learn_the_same_as_padded(name):
         model.train_only(fusions=["a,b"])
     model.set_active(COMPOSITIONS[name])
     assert bound_to_texts(model) is None
+    expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
+    for share in (False, True):
+        assert_same(learned(model, packed(TREE, 20, share, minimum=1)[TREE.step]), expected)
+
+
+GATED = {
+    "a": BnConfig(mh_adapter=True, reduction_factor=8, use_gating=True),
+    "b": BnConfig(reduction_factor=4, is_parallel=True, original_ln_before=True, use_gating=True),
+    "c": HubLoRAConfig(places=("query", "fc2"), r=2, init_weights="bert", use_gating=True),
+}
+
+
+@pytest.mark.parametrize(
+    "composition",
+    [
+        Stack("a", "c", "b"),
+        Split("a", "b", "c", splits=[2, 2, 1]),
+        Split("a", Split("b", "c", splits=[4, 1]), splits=[2, 1]),
+        Parallel(Average("a", "b"), "c"),
+    ],
+    ids=str,
+)
+def test_gates_are_means_over_each_text_or_its_piece(composition):
+    model = adapted("llama", **GATED)
+    model.set_active(composition)
+    assert bound_to_rows(model) is None
+    expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
+    for size in (20, 64):
+        assert_same(learned(model, packed(TREE, size)[TREE.step]), expected)
+    with pytest.raises(AssertionError):
+        assert_same(learned(model, packed(TREE, 20, True, minimum=1)[TREE.step]), expected)
+
+
+def test_a_split_behind_a_prompt_counts_the_tokens_of_each_text():
+    model = adapted("gpt2", p=METHODS["ptuning"], **BOTTLENECKS)
+    model.set_active(Stack("p", Split("a", "b", splits=[3, 1])))
     expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
     for share in (False, True):
         assert_same(learned(model, packed(TREE, 20, share, minimum=1)[TREE.step]), expected)

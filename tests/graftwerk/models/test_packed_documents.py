@@ -1,19 +1,23 @@
 """T5s and BERTs keep the documents of a packed row apart: they learn as from padded rows."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from graftwerk.adapters import (
+    BnConfig,
     BottleneckConfig,
+    HubLoRAConfig,
     IA3Config,
     LoRAConfig,
     Parallel,
     PrefixTuningConfig,
     PromptTuningConfig,
     ReftConfig,
+    Split,
     Stack,
 )
 from graftwerk.adapters.packing import bound_to_rows, bound_to_texts
@@ -34,13 +38,20 @@ SHAPES = {
     "bert": replace(BERT_SHAPE, head="question_answering"),
 }
 LORA = LoRAConfig(dim=3, target_modules=("all",))
+LORA_PLACES = ("query", "value", "cross_query", "cross_value", "fc2")
 METHODS = {
     "lora": {"a": LORA},
     "many": {"a": BottleneckConfig(dim=4), "b": IA3Config(), "c": ReftConfig(prefix_positions=2)},
     "parallel": {"a": LORA, "b": BottleneckConfig(dim=4)},
     "late": {"a": ReftConfig(suffix_positions=2)},
     "prefix": {"a": PrefixTuningConfig(prefix_length=3, reparametrise=False)},
+    "gates": {
+        "a": BnConfig(mh_adapter=True, cross_adapter=True, reduction_factor=8, use_gating=True),
+        "b": HubLoRAConfig(places=LORA_PLACES, r=2, init_weights="bert", use_gating=True),
+    },
+    "split": {"a": LORA, "b": BottleneckConfig(dim=4)},
 }
+BLOCKS = {"parallel": Parallel, "split": partial(Split, splits=[3, 1])}
 # Prefixes of a relative T5 stand at distances, and a T5's padded targets end with padding,
 # which late positions then are of.
 OTHERWISE = [("t5", "prefix"), ("t5", "late"), ("native_t5", "late")]
@@ -108,7 +119,7 @@ def adapted(shape: str, methods: str):
         for _, _, part in model.parts(name):
             shake(part.double(), seed)
     model.train_only(list(METHODS[methods]), [])
-    model.set_active((Parallel if methods == "parallel" else Stack)(*METHODS[methods]))
+    model.set_active(BLOCKS.get(methods, Stack)(*METHODS[methods]))
     return model
 
 
@@ -125,7 +136,8 @@ def test_packed_rows_learn_as_padded_ones(shape: str, methods: str):
     step, size = Step(list(range(len(rows))), 0), (10, 20) if family == "t5" else (20,)
     packed = PackedBatches(rows, 0, 1, 2, room=size, family=family)[step]
     assert len(packed) < len(rows) // 2
-    padded = PaddedBatches(rows, 0, 1, 3)[step]
+    # A gate of padded rows is a mean over padding too.
+    padded = PaddedBatches(rows, 0, 1, 1 if methods == "gates" else 3)[step]
     assert_same(learned(model, packed), learned(model, padded))
 
 

@@ -51,11 +51,15 @@ HUB_PLACES = ("query", "value", "output", "cross_query", "cross_output", "fc1", 
 
 @dataclass
 class Case:
-    """Adapters by name, what is active (None: all of them, one after the other), and fusions."""
+    """Adapters by name, what is active (None: all of them, one after the other), and fusions.
+
+    `packed`: rows hold several texts.
+    """
 
     adapters: dict[str, MethodConfig]
     active: Composition | str | None = None
     fusions: tuple[str, ...] = field(default=())
+    packed: bool = False
 
 
 def hub(**settings) -> HubLoRAConfig:
@@ -109,9 +113,13 @@ CASES = {name: Case({"a": config}) for name, config in ONE_ADAPTER.items()} | {
     "split": Case(LORAS, Split("a", "b", splits=[4, 5])),
     "batch_split": Case(LORAS, BatchSplit("a", "b", batch_sizes=[1, 1])),
     "average": Case(TWO, Average("a", "b", weights=[0.3, 0.7])),
+    "packed_gates": Case({"a": GATED, "b": hub(use_gating=True)}, packed=True),
+    "packed_split": Case(LORAS, Split("a", "b", splits=[2, 2]), packed=True),
 }
 SOURCE, TARGET = tokens(2, 9), tokens(2, 7, seed=1)
 DOCUMENTS = torch.tensor([[0] * 9, [0] * 6 + [-1] * 3])
+SOURCES = torch.tensor([[0] * 5 + [1] * 4, [0] * 3 + [1] * 4 + [-1] * 2])
+TARGETS = torch.tensor([[0] * 3 + [1] * 4, [0] * 2 + [1] * 3 + [-1] * 2])
 Model = GPT | T5 | BERT
 
 
@@ -134,17 +142,30 @@ def make(shape: str, case: Case) -> Model:
     return model.eval()
 
 
-def run(model: Model) -> Tensor:
-    """The answer to two rows, of an encoder's the second padded."""
+def run(model: Model, packed: bool = False) -> Tensor:
+    """The answer to two rows, of an encoder's the second padded; or to two texts in each."""
+    if packed and isinstance(model, T5):
+        targets = placed(TARGETS)
+        return model(TARGET, *targets, source=SOURCE, source_documents=SOURCES, documents=TARGETS)
+    if packed and isinstance(model, GPT):
+        return model(SOURCE, *placed(SOURCES), documents=SOURCES)
     if isinstance(model, T5):
         return model(TARGET, source=SOURCE, source_documents=DOCUMENTS)
     return model(SOURCE, documents=DOCUMENTS) if isinstance(model, BERT) else model(SOURCE)
 
 
-def loss(model: Model) -> Tensor:
+def placed(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions and ends of texts that lie side by side."""
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None]
+    index = torch.arange(documents.shape[1])
+    end = torch.where(documents >= 0, (same * (index + 1)).amax(-1), index + 1)
+    return same.tril(-1).sum(-1), end
+
+
+def loss(model: Model, packed: bool = False) -> Tensor:
     """A scalar that all of a model's answer takes part in."""
     with split_logits(model) as vocabulary:
-        answer = run(model)
+        answer = run(model, packed)
     extra = model.fusion_loss()
     if isinstance(model, BERT):
         return answer[answer.isfinite()].square().mean() + extra
@@ -160,9 +181,13 @@ def trained(model: Model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def step(model: Model, reduce: Callable[[Iterable[torch.nn.Parameter]], None]) -> Tensor:
+def step(
+    model: Model,
+    reduce: Callable[[Iterable[torch.nn.Parameter]], None],
+    packed: bool = False,
+) -> Tensor:
     """One backward pass and one plain SGD step; returns the loss."""
-    value = loss(model)
+    value = loss(model, packed)
     value.backward()
     reduce(trained(model).values())
     torch.optim.SGD(trained(model).values(), lr=0.1).step()

@@ -33,8 +33,9 @@ def compare(
         if isinstance(layer, TransformerLayer):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     born = {key: p.detach().clone() for key, p in model.named_parameters()}
-    expected = cases.step(plain, lambda parameters: None)
-    found = cases.step(model, lambda parameters: sum_partial_gradients(parameters, group))
+    packed = case.packed
+    expected = cases.step(plain, lambda parameters: None, packed)
+    found = cases.step(model, lambda parameters: sum_partial_gradients(parameters, group), packed)
     wrong = [] if torch.allclose(found, expected, rtol=1e-10) else [f"loss {found} {expected}"]
     grads, squares = [], torch.zeros((), dtype=torch.float64)
     for (key, p), (_, whole) in zip(
@@ -68,7 +69,8 @@ def compare(
         if not torch.equal(*both):
             wrong.append("replicated parameters differ between ranks")
     with torch.no_grad():
-        if not torch.allclose(cases.run(model), cases.run(plain), rtol=1e-8, atol=1e-9):
+        answers = cases.run(model, packed), cases.run(plain, packed)
+        if not torch.allclose(*answers, rtol=1e-8, atol=1e-9):
             wrong.append("answer after the step")
     return wrong
 

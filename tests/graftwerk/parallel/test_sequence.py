@@ -16,6 +16,8 @@ PAIRS = [
     *(("gpt2", name) for name in ("selective", "stack", "reft", "bn_parallel", "split", "fuse")),
     *(("bert", name) for name in ("selective", "bn", "unipelt", "reft", "stack")),
     ("llama", "selective"),
+    ("llama", "packed_gates"),
+    ("gpt2", "packed_split"),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwerk.adapters import BatchSplit, LoRAConfig, PrefixTuningConfig, ReftConfig, Split
+from graftwerk.adapters import BatchSplit, LoRAConfig, ReftConfig
 from graftwerk.checkpoints.adapter import read_adapters
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.errors import UserError
@@ -126,7 +126,6 @@ def with_adapters(composition=None, **methods):
 
 
 LORA = LoRAConfig(dim=2)
-GATED = PrefixTuningConfig(prefix_length=2, reparametrise=False, use_gating=True)
 
 
 def test_a_method_that_looks_ahead_is_packed_unshared_and_the_log_says_so(paragraphs):
@@ -146,21 +145,33 @@ def test_true_insists_on_sharing(paragraphs):
         module.arrange(with_adapters(late=ReftConfig(suffix_positions=1)))
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (lambda: with_adapters(a=GATED), "adapter 'a' has a gate"),
-        (lambda: with_adapters(Split("a", "b", splits=[2, 2]), a=LORA, b=LORA), "Split gives"),
-        (
-            lambda: with_adapters(BatchSplit("a", "b", batch_sizes=[1, 1]), a=LORA, b=LORA),
-            "BatchSplit gives",
-        ),
-    ],
-)
-def test_what_needs_a_text_a_row_is_not_packed(paragraphs, model, words):
+BY_ROWS = BatchSplit("a", "b", batch_sizes=[4, 4])
+
+
+def test_what_needs_a_text_a_row_gets_padded_rows_and_the_log_says_so(paragraphs):
+    expected = list(module_of(paragraphs).train_dataloader())
     module = module_of(paragraphs, packed_sequence_size=64)
-    with pytest.raises(UserError, match=f"packed_sequence_size=64: {words}"):
-        module.arrange(model())
+    (said,) = module.arrange(with_adapters(BY_ROWS, a=LORA, b=LORA))
+    assert "padded in spite of model.data.packed_sequence_size=64" in said
+    assert "BatchSplit gives adapter 'a' rows of a batch" in said
+    found = list(module.train_dataloader())
+    assert module.packing_report is None
+    for step, other in zip(found, expected, strict=True):
+        assert all((a.tokens == b.tokens).all() for a, b in zip(step, other, strict=True))
+
+
+def test_rows_that_cannot_be_packed_must_fill_micro_batches(paragraphs):
+    paragraphs.model.global_batch_size, paragraphs.model.micro_batch_size = 7, 2
+    module = module_of(paragraphs, packed_sequence_size=64)
+    words = "BatchSplit gives .*global_batch_size 7 must be a multiple of micro_batch_size 2"
+    with pytest.raises(UserError, match=words):
+        module.arrange(with_adapters(BY_ROWS, a=LORA, b=LORA))
+
+
+def test_true_insists_on_sharing_where_rows_cannot_even_be_packed(paragraphs):
+    module = module_of(paragraphs, packed_sequence_size=64, share_prefixes=True)
+    with pytest.raises(UserError, match="share_prefixes=True: BatchSplit gives"):
+        module.arrange(with_adapters(BY_ROWS, a=LORA, b=LORA))
 
 
 def test_a_run_does_not_go_on_with_rows_in_another_order(paragraphs, tmp_path):

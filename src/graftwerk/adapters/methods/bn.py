@@ -61,7 +61,7 @@ class BnConfig(MethodSettings):
         init_weights_seed: every part is born with the numbers of this seed, all alike.
         is_parallel: the adapter acts on the residual stream, not on the sublayer's result.
         scaling: a factor, or "learned" (one) or "channel" (one for each feature).
-        use_gating: a trained scalar for each row, the mean over its tokens, scales the update.
+        use_gating: a trained scalar for each text, the mean over its tokens, scales the update.
         stochastic_depth: how often a row goes without the update, in training.
         phm_layer: projections are `PHMLinear`; `phm_*`, `shared_*`, `factorized_*`, `learn_phm` and
             `hypercomplex_nonlinearity` (how W is born) are theirs.
@@ -236,7 +236,7 @@ class HubBottleneck(Part):
             self.scaling = float(config.scaling)
         self.adapter_norm_after = LayerNormOfPart(size) if config.ln_after else None
         self.gate = Gate(size) if config.use_gating else None
-        self.whole_row = self.own_row = config.use_gating
+        self.whole_row = self.whole_text = config.use_gating
         self.dropout, self.depth = Dropout(config.dropout), Dropout(config.stochastic_depth)
         if isinstance(down, nn.Linear) and isinstance(self.adapter_up, nn.Linear):
             _initialise(down, self.adapter_up, config.init_weights)
@@ -271,9 +271,9 @@ class HubBottleneck(Part):
         update = self.dropout(update, call.flow)
         if self.gate is None:
             return update
-        gate = self.gate(z, row=call.flow.row)
+        gate = self.gate(z, call.flow.texts, row=call.flow.row)
         note_gate(self, call, LOCATIONS[self.site.name], gate)
-        return update * gate[:, None]
+        return update * gate
 
     def finish(self, call: SlotCall, hidden: Tensor) -> Tensor:
         """Says whether the slot still adds the layer's residual, and normalises."""

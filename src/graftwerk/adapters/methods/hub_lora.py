@@ -194,17 +194,17 @@ class Gated(Part):
         self.gate = None
         if config.use_gating:
             self.gate = Gate(site.in_features)
-            self.whole_row = self.own_row = True
+            self.whole_row = self.whole_text = True
             self.unmergeable = "its gate differs from example to example"
 
     def factor(self, call: SlotCall) -> Tensor | float:
-        """The scale, or each example's own, [B, 1, 1]."""
+        """The scale, or each example's own, [B, 1 or S, 1]."""
         if self.gate is None:
             return self.scale
         assert call.input is not None, "LoRA needs a slot of a projection"
-        gate = self.gate(call.input, self.ranks)
+        gate = self.gate(call.input, call.flow.texts, self.ranks)
         note_gate(self, call, self.location, gate)
-        return gate[:, None]
+        return gate
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         if self.gate is None:

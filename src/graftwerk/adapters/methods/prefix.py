@@ -136,7 +136,7 @@ class Prefix(Part):
             nn.init.normal_(self.rows, std=config.init_std)
         if config.use_gating:
             self.gate = Gate(site.in_features, 1 if config.shared_gating else 2)
-            self.whole_row = self.own_row = True
+            self.whole_row = self.whole_text = True
 
     def made(self) -> Tensor:
         """The rows, [p, 2 kv]."""
@@ -160,8 +160,8 @@ class Prefix(Part):
         gate = self.gate(call.input)
         note_gate(self, call, self.place_name, gate)
         size = call.output.shape[-1]
-        keys_and_values = gate.expand(-1, 2) if gate.shape[1] == 1 else gate
-        return keys_and_values.repeat_interleave(size // 2, 1)[:, None]
+        keys_and_values = gate.expand(-1, -1, 2) if gate.shape[-1] == 1 else gate
+        return keys_and_values.repeat_interleave(size // 2, -1)
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """Split with the heads that they serve: keys apart from values."""
