@@ -16,9 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from torch.multiprocessing.spawn import start_processes
 
 from graftwerk.__main__ import guarded
 
@@ -33,9 +35,7 @@ class Rank:
 
     def __init__(self, rank: int, folder: Path, *args):
         self.files = [folder / f"rank{rank}.{kind}" for kind in ("out", "err")]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{ROOT}")
-            ensure_running()
+        _serve()
         self.process = FORKS.Process(target=_main, args=(rank, self.files, *args))
         self.process.start()
 
@@ -73,14 +73,35 @@ class Rank:
             time.sleep(0.01)
 
 
+def _serve() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{ROOT}")
+        ensure_running()
+
+
+def on_processes(count: int, work: Callable[..., None], *args: Any) -> None:
+    """`work(rank, *args)`, a function of a module, in each of `count` processes, to its end."""
+    _serve()
+    start_processes(work, args, nprocs=count, start_method="forkserver")
+
+
+def torchrun(rank: int, size: int, port: int) -> dict[str, str]:
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    return {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def start_stage(
     cfg: DictConfig,
     folder: Path,
     size: int = 1,
     patch: Callable[[int], None] | None = None,
     stage: str = "adapter_learning",
+    starter: Callable[[int, int, int], dict[str, str]] = torchrun,
 ) -> list[Rank]:
-    """A stage as `python3 -m graftwerk` runs it, in `size` processes, each patched first."""
+    """A stage as `python3 -m graftwerk` runs it, in `size` processes, each patched first.
+
+    `starter(rank, size, port)` is what the program that starts several tells each of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "job_hydra.yaml"
     OmegaConf.save(cfg, config)
@@ -88,19 +109,17 @@ def start_stage(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [stage, str(config)]
-    return [Rank(rank, folder, size, port, patch, argv) for rank in range(size)]
+    told = [starter(rank, size, port) if size > 1 else {} for rank in range(size)]
+    return [Rank(rank, folder, told[rank], patch, argv) for rank in range(size)]
 
 
-def _main(rank, files, size, port, patch, argv) -> None:
+def _main(rank, files, environment, patch, argv) -> None:
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     for name in [name for name in os.environ if name.startswith(OUTSIDE)]:
         del os.environ[name]
-    if size > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in {**own, **place}.items()})
+    os.environ.update(environment)
     faulthandler.dump_traceback_later(50, file=sys.stderr)  # where it hangs
     code = 1
     try:

@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -19,6 +18,7 @@ from graftwerk.errors import UserError
 from graftwerk.models import GPT
 from graftwerk.parallel.tensor import gather, layout_of, parallelize, sum_partial_gradients
 from tests.graftwerk.adapters.test_prompts import make, run
+from tests.graftwerk.ranks import on_processes
 from tests.graftwerk.tiny import shake, tiny_gpt, tokens
 
 CROSS = {"cross_query", "cross_key", "cross_value"}
@@ -235,7 +235,7 @@ def two_ranks(rank: int, folder: Path) -> None:
 
 
 def test_one_step_and_a_merge_on_two_ranks_equal_one_process(tmp_path: Path):
-    mp.spawn(two_ranks, (tmp_path,), nprocs=2)
+    on_processes(2, two_ranks, tmp_path)
     plain = split_model()
     born = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     one_step(plain)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from graftwerk.checkpoints import read_adapters
 from graftwerk.errors import UserError
@@ -21,6 +20,7 @@ from graftwerk.nemo import (
     PtuningPEFTConfig,
 )
 from tests.graftwerk.nemo.small import small_config, write_base
+from tests.graftwerk.ranks import on_processes
 
 MODELS = {"gpt": MegatronGPTSFTModel, "t5": MegatronT5SFTModel}
 LAYOUTS = {
@@ -84,7 +84,7 @@ def test_two_processes_learn_and_answer_as_one(family: str, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(process, (port, family, runs), nprocs=2)
+    on_processes(2, process, port, family, runs)
     alone = laid_out(base, tmp_path, "alone")
     answers = learn(family, alone)
     assert len(answers) == 5

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import start_processes
 
 from graftwerk.errors import UserError
 from graftwerk.parallel import fsdp
@@ -16,6 +15,7 @@ from graftwerk.parallel.recompute import recompute
 from graftwerk.parallel.shares import gather, layout_of, sum_partial_gradients
 from graftwerk.parallel.tensor import parallelize
 from tests.graftwerk.parallel.cases import CASES, loss, make
+from tests.graftwerk.ranks import on_processes
 
 CPU = torch.device("cpu")
 RUNS = [("llama", "selective"), ("llama", "dora"), ("native_t5", "unipelt")]
@@ -63,7 +63,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_gradients_are_those_of_a_whole_base_and_each_process_keeps_its_share(tmp_path: Path):
-    start_processes(work, (tmp_path,), nprocs=4, start_method="forkserver")
+    on_processes(4, work, tmp_path)
     for rank in range(4):
         said = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for shape, case in RUNS:

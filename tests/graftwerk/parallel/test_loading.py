@@ -1,6 +1,6 @@
 """Ranks that read their share of a checkpoint against one process that reads all of it."""
 
-import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from tests.graftwerk.tiny import tokens
 
 # A file of fused and transposed projections, of separate ones, one that is already as ours; others.
 NAMES = ("gpt2", "llama", "neox", "t5", "bert")
-FOLDER = "GRAFTWERK_TEST_FOLDER"
 
 
 def answer(model: GPT | T5 | BERT) -> Tensor:
@@ -34,10 +33,10 @@ def dora(model: GPT | T5 | BERT) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_shares(mesh: DeviceMesh) -> dict[str, tuple]:
+def load_shares(folder: Path, mesh: DeviceMesh) -> dict[str, tuple]:
     found = {}
     for name in NAMES:
-        model = load_base(Path(os.environ[FOLDER]) / name, mesh=mesh)
+        model = load_base(folder / name, mesh=mesh)
         state = {
             key: gather(parameter, layout_of(parameter), mesh.get_group())
             for key, parameter in model.named_parameters()
@@ -55,11 +54,10 @@ def load_shares(mesh: DeviceMesh) -> dict[str, tuple]:
 
 
 @torch.no_grad()
-def test_two_ranks_that_read_their_shares_hold_the_whole_model(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+def test_two_ranks_that_read_their_shares_hold_the_whole_model(tmp_path: Path):
     for name in NAMES:
         families.write(name, tmp_path / name)
-    ranks = on_two_ranks(load_shares, tmp_path)
+    ranks = on_two_ranks(partial(load_shares, tmp_path), tmp_path)
     for name in NAMES:
         whole = load_base(tmp_path / name)
         total = sum(parameter.numel() for parameter in whole.parameters())

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from graftwerk.adapters import (
@@ -24,6 +23,7 @@ from graftwerk.models import build_model
 from graftwerk.parallel.mesh import Mesh, check_sizes
 from graftwerk.parallel.pipeline import Cut, Pipeline
 from tests.graftwerk.adapters.test_interpreter import SHAPES
+from tests.graftwerk.ranks import on_processes
 from tests.graftwerk.tiny import shake, tokens
 
 # A prefix whose encoder is shared by the layers of a stack is on both stages of a GPT.
@@ -126,7 +126,7 @@ def two_stages(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> list[list]:
     folder = tmp_path_factory.mktemp("stages")
-    mp.spawn(two_stages, (folder,), nprocs=2)
+    on_processes(2, two_stages, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.multiprocessing.spawn import spawn
+
+from tests.graftwerk.ranks import on_processes
 
 
 def on_two_ranks(work: Callable[[DeviceMesh], Any], folder: Path) -> list[Any]:
     """What `work(mesh)`, a function of a module, gives on rank 0 and on rank 1."""
-    spawn(_one_rank, (folder, work), nprocs=2)
+    on_processes(2, _one_rank, folder, work)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,8 +1,6 @@
 """Compositions from YAML: on frozen adapters, of them, several at once on one batch; scored."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +32,11 @@ from tests.graftwerk.learning_stage import (
     base,
     cfg,
     elsewhere,
-    environment,
     read_metrics,
     rows,
     run_killed,
 )
+from tests.graftwerk.ranks import start_stage
 from tests.graftwerk.tiny import shake
 from tests.graftwerk.tiny_families import as_family, save_tiny
 
@@ -545,10 +543,8 @@ def test_a_fresh_process_scores_a_fusion_with_the_logits_it_was_trained_to(
     model, _ = learned(peft, monkeypatch)
     scored.model.adapters.append({"name": "fused", "path": peft.model.nemo_path})
     scored.model.composition = "Fuse(a, b, c)"
-    OmegaConf.save(scored, tmp_path / "eval.yaml")
-    command = [sys.executable, "-m", "graftwerk", "eval", str(tmp_path / "eval.yaml")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (process,) = start_stage(scored, tmp_path / "job", stage="eval")
+    assert process.wait() == 0, process.complained
     assert answers(scored, "Fuse-a-b-c") == said_by(model, scored)
     (told,) = json.loads((tmp_path / "scored" / "metrics.json").read_text())["results"]
     assert told["name"] == "Fuse(a, b, c)"

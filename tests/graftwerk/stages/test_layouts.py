@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints import read_adapters
@@ -18,6 +17,7 @@ from graftwerk.data.jsonl import read_rows
 from graftwerk.stages import eval as evaluation
 from graftwerk.stages import learning
 from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows
+from tests.graftwerk.ranks import on_processes
 from tests.graftwerk.tiny_families import as_family, eval_cfg, save_tiny
 
 __all__ = ["base", "cfg", "rows"]
@@ -75,7 +75,7 @@ def process(rank: int, count: int, port: int, runs: list[tuple[str, dict]]) -> N
     dist.destroy_process_group()
 
 
-def on_processes(
+def run_on(
     count: int, runs: list[tuple[str, DictConfig]], each: Callable[..., None] = process
 ) -> None:
     """Several stages, of which each process runs one after the other."""
@@ -83,7 +83,7 @@ def on_processes(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     plain = [(stage, OmegaConf.to_container(config)) for stage, config in runs]
-    mp.spawn(each, (count, port, plain), nprocs=count)
+    on_processes(count, each, count, port, plain)
 
 
 def weights(cfg: DictConfig) -> dict[str, torch.Tensor]:
@@ -169,7 +169,7 @@ def test_every_layout_learns_what_one_process_learns(
             ("eval", as_layout(asked(config, tmp_path / name), name))
             for name, config in runs.items()
         ]
-    on_processes(2, [*first, *questions])
+    run_on(2, [*first, *questions])
     assert learning.run("peft", up_to(alone, FIRST)) == 0
     states = checkpoint(alone)
     for config in runs.values():
@@ -206,7 +206,7 @@ def test_one_checkpoint_makes_the_same_bytes_under_any_layout(peft: DictConfig, 
         shutil.copytree(
             Path(alone.exp_manager.explicit_log_dir) / "checkpoints", folder / "checkpoints"
         )
-    on_processes(2, [("peft", config) for config in runs.values()])
+    run_on(2, [("peft", config) for config in runs.values()])
     written = contents(alone)
     assert written
     for name, config in runs.items():

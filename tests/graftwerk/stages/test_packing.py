@@ -19,8 +19,8 @@ from tests.graftwerk.stages.test_layouts import (
     at,
     columns,
     of_family,
-    on_processes,
     peft,
+    run_on,
     weights,
 )
 from tests.graftwerk.tiny import tiny_gpt
@@ -213,7 +213,7 @@ def learned_by_layouts(cfg, folder):
     alone = at(cfg, folder / "alone")
     layouts = ("data", "tensor", "sequence", "pipeline")
     runs = [as_layout(at(cfg, folder / name), name) for name in layouts]
-    on_processes(2, [("peft", config) for config in runs])
+    run_on(2, [("peft", config) for config in runs])
     assert learning.run("peft", alone) == learning.DONE
     for config in runs:
         assert columns(config) == [pytest.approx(row, rel=1e-4) for row in columns(alone)]

@@ -495,6 +495,7 @@ def test_other_families_learn_and_eval_sees_it(scheme, family, peft, tmp_path):
     learner = as_family(peft, save_tiny(family, tmp_path / family), tmp_path, steps)
     learner.model.peft.peft_scheme = scheme
     learner.model.peft.lora_tuning.target_modules = ["all"]
+    learner.model.micro_batch_size = learner.model.global_batch_size  # half the passes
     learner.model.optim.lr = 0.02 if scheme != "none" else 0.01
     learner.model.nemo_path = str(tmp_path / "learned" / "result")
     assert learning.run("peft", learner) == 0

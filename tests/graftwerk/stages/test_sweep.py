@@ -17,7 +17,7 @@ from graftwerk.stages import learning
 from graftwerk.stages.eval import learned
 from graftwerk.training.goal import Goal
 from tests.graftwerk.learning_stage import base, cfg, elsewhere, read_metrics, rows, run_killed
-from tests.graftwerk.stages.test_layouts import as_layout, on_processes, up_to
+from tests.graftwerk.stages.test_layouts import as_layout, run_on, up_to
 from tests.graftwerk.tiny_families import as_family, save_tiny
 
 __all__ = ["base", "cfg", "rows"]
@@ -225,7 +225,7 @@ def test_two_processes_sweep_as_one_does_and_go_on_from_another_layout(peft, tmp
     one, data, laid = (elsewhere(peft, tmp_path / name) for name in ("one", "data", "laid"))
     learning.run("peft", one)
     runs = [as_layout(data, "data"), up_to(as_layout(laid, "tensor"), 4)]
-    on_processes(2, [("peft", cfg) for cfg in (*runs, as_layout(laid, "pipeline"))])
+    run_on(2, [("peft", cfg) for cfg in (*runs, as_layout(laid, "pipeline"))])
     for two in (data, laid):
         for point, other in zip(told(one)["sweep"], told(two)["sweep"], strict=True):
             assert point["step"] == other["step"]

@@ -20,9 +20,9 @@ from tests.graftwerk.stages.test_layouts import (
     at,
     columns,
     of_family,
-    on_processes,
     peft,
     process,
+    run_on,
     weights,
 )
 
@@ -134,7 +134,7 @@ def test_four_processes_learn_what_one_learns(
     for name, layout in layouts.items():
         four = {"trainer": {"devices": 4}, "model": layout}
         runs[name] = OmegaConf.merge(at(whole, tmp_path / name), four)
-    on_processes(4, [("peft", config) for config in runs.values()], watched)
+    run_on(4, [("peft", config) for config in runs.values()], watched)
     assert learning.run("peft", alone) == 0
     for config in runs.values():
         assert_held_alike(Path(config.exp_manager.explicit_log_dir))

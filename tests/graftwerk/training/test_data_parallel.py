@@ -1,76 +1,38 @@
 """Processes started from outside, as torchrun or srun start them, train as one would."""
 
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.checkpoints.adapter import read_adapter
 from graftwerk.checkpoints.resume import read_checkpoint
 from graftwerk.errors import Exit, UserError
 from graftwerk.stages import learning
 from graftwerk.training.world import World
-from tests.graftwerk.learning_stage import elsewhere, environment, read_metrics
+from tests.graftwerk.learning_stage import elsewhere, read_metrics
+from tests.graftwerk.ranks import start_stage, torchrun
 
 
-def torchrun(rank: int, port: int) -> dict[str, str]:
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    return {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def srun(rank: int, port: int) -> dict[str, str]:
+def srun(rank: int, size: int, port: int) -> dict[str, str]:
     own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": f"{size}", "SLURM_NTASKS_PER_NODE": f"{size}"}
     job = {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "localhost", "SLURM_JOB_NAME": "first"}
     return {**own, **step, **job, "MASTER_PORT": str(port)}
 
 
-def start_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.Popen]:
-    """The stage in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = folder / "job_hydra.yaml"
-    OmegaConf.save(cfg, config)
-    command = [sys.executable, "-m", "graftwerk", "adapter_learning", str(config)]
-    return [
-        subprocess.Popen(
-            command,
-            env=environment(**starter(rank, port)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
-def run_two(cfg: DictConfig, folder: Path, starter) -> list[subprocess.CompletedProcess]:
-    """The stage in two processes to its end; their outputs by rank."""
-    processes = start_two(cfg, folder, starter)
-    outputs = [process.communicate(timeout=120) for process in processes]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(processes, outputs, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("starter", [torchrun, pytest.param(srun, marks=pytest.mark.long)])
+@pytest.mark.parametrize("starter", [torchrun, srun])
 def test_two_processes_train_what_one_does(starter, cfg, tmp_path):
     assert cfg.model.adapter_tuning.adapter_dropout == 0.1
     cfg.model.micro_batch_size = 1
     alone = elsewhere(cfg, tmp_path / "alone")
     assert learning.run("adapter_learning", alone) == 0
     cfg.trainer.devices = 2
-    first, second = run_two(cfg, tmp_path, starter)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "step 12/12" in first.stdout
-    assert second.stdout == ""
+    first, second = start_stage(cfg, tmp_path, 2, starter=starter)
+    assert (first.wait(), second.wait()) == (0, 0), first.complained + second.complained
+    assert "step 12/12" in first.said
+    assert second.said == ""
     expected, found = (read_adapter(c.model.nemo_path)[1] for c in (alone, cfg))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -85,17 +47,12 @@ def test_two_processes_train_what_one_does(starter, cfg, tmp_path):
 def test_one_process_that_is_told_to_stop_stops_both_with_their_state_saved(cfg, tmp_path):
     cfg.trainer.update(devices=2, max_epochs=400, val_check_interval=1.0)
     cfg.model.micro_batch_size = 1
-    processes = start_two(cfg, tmp_path, torchrun)
-    assert processes[0].stdout is not None
-    for line in processes[0].stdout:
-        if line.startswith("step 9/2400"):
-            processes[1].send_signal(signal.SIGUSR2)
-            break
-    said = processes[0].communicate(timeout=120)[0]
-    processes[1].communicate(timeout=120)
-    assert [process.returncode for process in processes] == [Exit.REQUEUE] * 2
+    first, second = start_stage(cfg, tmp_path, 2)
+    first.wait_for("step 9/2400")
+    second.send(signal.SIGUSR2)
+    assert (first.wait(), second.wait()) == (Exit.REQUEUE, Exit.REQUEUE)
     reasons = ("SIGUSR2 of rank 1", "another process")
-    assert any(f"stopped by {reason} at step" in said for reason in reasons)
+    assert any(f"stopped by {reason} at step" in first.said for reason in reasons)
     last = Path(cfg.exp_manager.explicit_log_dir) / "checkpoints" / "last.ckpt"
     assert read_checkpoint(last)["global_step"] < 2400
 
@@ -103,11 +60,11 @@ def test_one_process_that_is_told_to_stop_stops_both_with_their_state_saved(cfg,
 def test_a_mistake_is_said_once_and_both_processes_exit_2(cfg, tmp_path):
     cfg.trainer.devices = 2
     cfg.model.data.train_ds = ["/nowhere.jsonl"]
-    first, second = run_two(cfg, tmp_path, torchrun)
-    assert (first.returncode, second.returncode) == (2, 2)
-    assert first.stderr.count("\n") == 1
-    assert "/nowhere.jsonl does not exist" in first.stderr
-    assert second.stderr == ""
+    first, second = start_stage(cfg, tmp_path, 2)
+    assert (first.wait(), second.wait()) == (Exit.WRONG_INPUT, Exit.WRONG_INPUT)
+    assert first.complained.count("\n") == 1
+    assert "/nowhere.jsonl does not exist" in first.complained
+    assert second.complained == ""
 
 
 def test_key_devices_wants_a_process_for_each_device(cfg):

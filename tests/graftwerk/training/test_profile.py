@@ -13,7 +13,7 @@ from graftwerk.stages import learning
 from graftwerk.training.profile import Clock, Window, exchange_shares, measured_peak, overlap
 from graftwerk.training.profile_table import PHASES
 from tests.graftwerk.learning_stage import elsewhere, read_metrics
-from tests.graftwerk.training.test_data_parallel import run_two, torchrun
+from tests.graftwerk.ranks import start_stage
 
 
 def profiled(cfg):
@@ -119,10 +119,10 @@ def test_a_run_that_goes_on_profiles_its_own_steps(cfg):
 def test_two_processes_profile_the_same_steps_and_tell_what_they_exchange(cfg, tmp_path):
     cfg.trainer.devices = 2
     cfg.model.tensor_model_parallel_size = 2
-    first, second = run_two(profiled(cfg), tmp_path, torchrun)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "profile of steps 3 to 7, 2 processes" in first.stdout
-    assert second.stdout == ""
+    first, second = start_stage(profiled(cfg), tmp_path, 2)
+    assert (first.wait(), second.wait()) == (0, 0), first.complained + second.complained
+    assert "profile of steps 3 to 7, 2 processes" in first.said
+    assert second.said == ""
     found = table(cfg)
     assert len(found["ranks"]) == 2
     assert sum(rank["rows"] for rank in found["ranks"]) == pytest.approx(18)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,11 +16,11 @@ from graftwerk.stages import learning
 from graftwerk.training.module import LearningModule
 from tests.graftwerk.learning_stage import (
     elsewhere,
-    environment,
     read_metrics,
     run_killed,
     write_rows,
 )
+from tests.graftwerk.ranks import start_stage
 
 Weights = dict[str, torch.Tensor]
 
@@ -63,21 +61,10 @@ def test_a_killed_process_ends_with_the_same_bits(cfg, tmp_path):
     cfg.model.data.train_ds = [str(write_rows(tmp_path / "many.jsonl", 200, 3))]
     cfg.trainer.val_check_interval = 0.1
     straight = run(elsewhere(cfg, tmp_path / "straight"))
-    config = tmp_path / "job_hydra.yaml"
-    OmegaConf.save(cfg, config)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "graftwerk", "adapter_learning", str(config)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 63/100"):
-            process.kill()
-            break
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
+    (process,) = start_stage(cfg, tmp_path)
+    process.wait_for("step 63/100")
+    process.send(signal.SIGKILL)
+    assert process.wait() == 128 + signal.SIGKILL
     assert not Path(cfg.model.nemo_path).exists()
     assert same(run(cfg), straight)
     steps = [int(row["step"]) for row in read_metrics(cfg) if row["train_loss"]]
