@@ -69,6 +69,7 @@ Targets = Literal[
 ]
 Layers = list[Annotated[int, Range(1)]] | None
 PROFILE: Any = "${profile}"
+CACHE: Any = "${data_dir}/cache"
 
 
 # ---- all stages
@@ -377,8 +378,9 @@ class Data(RowFormat):
     drop_last: bool = False
     packed_sequence_size: Positive | None = None
     share_prefixes: Literal["auto"] | bool = "auto"
-    num_workers: Count = 0
-    pin_memory: bool = False
+    num_workers: Count | None = None  # null: 2 on a GPU, else 0
+    pin_memory: bool | None = None  # null: on a GPU
+    cache_dir: Path | Literal[False] | None = CACHE
 
 
 @keys

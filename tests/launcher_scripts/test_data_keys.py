@@ -132,3 +132,16 @@ def test_eval_reads_rows_as_they_were_learned(command):
         assert asked[key] == learned[key], key
     assert asked["label_key"] == "reply"
     assert answer.config("eval")["model"]["task_templates"] == []
+
+
+def test_encoded_rows_are_kept_beside_the_data_unless_a_key_says_no(command):
+    def kept(*words):
+        answer = command(*LEARN, "data_dir=/mount/data", *words)
+        assert answer.code == 0, answer.lines
+        return answer.config("adapter_learning")["model"]["data"]["cache_dir"]
+
+    assert kept() == "/mount/data/cache"
+    assert kept(f"~{DATA}.cache_dir") == "/mount/data/cache"  # as a file that does not know the key
+    assert kept(f"{DATA}.cache_dir=/scratch/rows") == "/scratch/rows"
+    assert kept(f"{DATA}.cache_dir=null") is None
+    assert kept(f"{DATA}.cache_dir=False") is False

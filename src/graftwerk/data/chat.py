@@ -86,7 +86,6 @@ class ChatEncoder:
         self.filler = Example([padding_token(tokenizer)])
         marks = isinstance(template, str) and MARKED.search(template) is not None
         self.marked = marks and tokenizer.is_fast  # only fast ones know where tokens come from
-        self._behind: dict[str, Continuation] = {}
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raises a `RowError` for a row without messages that can be rendered."""
@@ -253,9 +252,7 @@ class ChatEncoder:
     def _continued(self, anchor: str, texts: list[str]) -> list[list[int]]:
         if not anchor:
             return plain_tokens(self.tokenizer, texts)
-        if anchor not in self._behind:
-            self._behind[anchor] = Continuation(self.tokenizer, anchor)
-        return self._behind[anchor].tokens(texts)
+        return Continuation(self.tokenizer, anchor).tokens(texts)
 
     # ---- examples
 

@@ -210,21 +210,21 @@ def _cut(
     cfg: "DictConfig",
     sieve: Sieve,
 ) -> Iterator[Question]:
-    """A source in one piece, cut by rows. Two passes, so that only row numbers are in memory."""
-    sound = [
-        number
-        for number, (fields, answers, _) in enumerate(columns.read(part))
-        if sieve.passes("source", fields, answers)
-    ]
-    names = assign_splits(split_sizes(split, len(sound), "rows"), len(sound), cfg.seed)
-    where = dict(zip(sound, names, strict=True))
+    """A source in one piece, cut by rows. Two passes, so that of a row a byte stays in memory."""
+    sound = bytearray(
+        sieve.passes("source", fields, answers) for fields, answers, _ in columns.read(part)
+    )
+    total = sum(sound)
+    names = iter(assign_splits(split_sizes(split, total, "rows"), total, cfg.seed))
     for number, (fields, answers, given) in enumerate(columns.read(part)):
-        name = where.get(number)
-        if name is not None:
-            own_id = sieve.own_id(given, f"{cfg.prefix}-{number}") if name == "test" else ""
-            yield Question((name,), fields, answers, own_id)
-        elif number in where:
+        if not sound[number]:
+            continue
+        name = next(names)
+        if name is None:
             sieve.withdraw("in no split")
+            continue
+        own_id = sieve.own_id(given, f"{cfg.prefix}-{number}") if name == "test" else ""
+        yield Question((name,), fields, answers, own_id)
 
 
 def _as_split(

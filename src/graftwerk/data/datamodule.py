@@ -1,6 +1,6 @@
 """The files of a learning stage as the steps of its training and validation loops."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,15 @@ from graftwerk.data.packing_report import PackingReport
 from graftwerk.data.sampler import Mixture, StepSampler
 from graftwerk.data.sources import Source, data_files, settings_of, sources_of
 from graftwerk.data.tasks import encoders_from_config, longest_row
+from graftwerk.data.token_cache import token_cache
 from graftwerk.data.trees import Groups, SortedRows
 from graftwerk.errors import UserError
 from graftwerk.models import TransformerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+GPU_WORKERS = 2  # processes that make batches for a GPU; each is two steps ahead
 
 __all__ = ["AnswerDataModule", "data_files", "encoders_from_config", "longest_row"]
 
@@ -52,7 +55,10 @@ class AnswerDataModule(LightningDataModule):
         shape: of the model that reads the rows: its family decides what becomes of them. None: a
             GPT of unknown size, as for a model that is made after its data.
         virtual_tokens: that the run's adapters put before each row (`model.virtual_tokens`).
-        static: packed micro-batches have one shape, as compiled kernels like it.
+        device: that computes. On a GPU rows are read ahead and page-locked by default, and packed
+            micro-batches have one shape, as compiled kernels like it.
+        leads: whether this is the first process of its host, which encodes for all of them.
+        say: takes a line for the log.
 
     Raises:
         UserError: for data, tokenizer and lengths that do not fit each other or the model.
@@ -70,7 +76,9 @@ class AnswerDataModule(LightningDataModule):
         pad_multiple: int = 1,
         shape: TransformerConfig | None = None,
         virtual_tokens: int = 0,
-        static: bool = False,
+        device: torch.device | str = "cpu",
+        leads: bool = True,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self.cfg = model_cfg
@@ -80,7 +88,7 @@ class AnswerDataModule(LightningDataModule):
         self.step_rows = model_cfg.global_batch_size * accumulate
         self.pad_multiple = pad_multiple
         self.pad = padding_token(tokenizer)
-        self.static = static
+        self.device = torch.device(device)
         self.family = "gpt" if shape is None else shape.architecture
         self.packing = Packing.of(model_cfg.data, shape)
         self.shares = False  # rows that begin alike are computed once, where `arrange` allows it
@@ -89,13 +97,15 @@ class AnswerDataModule(LightningDataModule):
         check_batch_sizes(*self._batch_sizes, packed=self.packing is not None)
         self._keys = {key: settings_of(model_cfg, key) for key in ("train_ds", "validation_ds")}
 
+        cache = token_cache(model_cfg.data.get("cache_dir"), leads, say)
+
         def read(key: str, sources: list[Source], trainable: bool) -> AnswerDataset:
             encoders = encoders_from_config(
                 model_cfg, tokenizer, shape, key=key, virtual_tokens=virtual_tokens
             )
             files = [source.files for source in sources]
             drops = self._keys[key].get("unlabelled") == "drop"
-            rows = AnswerDataset(files, encoders, trainable, drops)
+            rows = AnswerDataset(files, encoders, trainable, drops, cache)
             if shape is not None:
                 _check_lengths(rows, key, shape, virtual_tokens)
             return rows
@@ -233,10 +243,7 @@ class AnswerDataModule(LightningDataModule):
         rows, size = self.train_set, self._room["train_ds"][0]
         sizes = rows.sizes if self._weights else [len(rows)]
         runs = pairwise(accumulate(sizes, initial=0))
-        return [
-            Groups.of(SortedRows.of([rows.arrays(n).tokens for n in range(*run)]), size)
-            for run in runs
-        ]
+        return [Groups.of(SortedRows.of(rows.tokens(*run)), size) for run in runs]
 
     def _micro_batches(self, key: str, rows: AnswerDataset) -> MicroBatches:
         trains = key == "train_ds"
@@ -252,18 +259,20 @@ class AnswerDataModule(LightningDataModule):
         }
         if self.packing is None:
             return PaddedBatches(**common)
-        how = {"share": self.shares, "static": self.static, "family": self.family}
+        static = self.device.type == "cuda"
+        how = {"share": self.shares, "static": static, "family": self.family}
         return PackedBatches(**common, room=self._room[key], **how)
 
     def _loader(self, key: str, rows: AnswerDataset, sampler: StepSampler) -> DataLoader:
-        workers = self._keys[key].get("num_workers", 0)
+        settings, gpu = self._keys[key], self.device.type == "cuda"
+        workers = settings.get("num_workers", GPU_WORKERS if gpu else 0)
         return DataLoader(
             self._micro_batches(key, rows),
             # Not as `batch_sampler`: that one fetches each index apart. A step is one item.
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
-            pin_memory=self._keys[key].get("pin_memory", False) and torch.cuda.is_available(),
+            pin_memory=settings.get("pin_memory", gpu) and torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )
 

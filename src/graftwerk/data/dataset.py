@@ -1,31 +1,21 @@
 """JSONL files as a data set of examples, and examples as the batch of one forward pass."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from graftwerk.data.encoding import (
-    Encoded,
-    Example,
-    Label,
-    RowDropped,
-    RowEncoder,
-    RowReport,
-    RowUnlabelled,
-)
-from graftwerk.data.jsonl import Row, read_rows
-from graftwerk.data.tasks import task_of
-from graftwerk.data.templates import RowError
+from graftwerk.data.columns import Columns, RowArrays, TokensOf
+from graftwerk.data.encoding import Example, Label, RowEncoder, RowReport
+from graftwerk.data.jsonl import read_rows
+from graftwerk.data.token_cache import TokenCache
+from graftwerk.data.tokenized import Encoding
 from graftwerk.errors import UserError
-
-ROWS_AT_ONCE = 512  # enough for the tokenizer to use all cores, little enough to stay out of memory
 
 
 @dataclass
@@ -193,51 +183,8 @@ def _add_spans(batch: Batch, rows: Sequence[Example], weight: float) -> None:
     batch.documents = _documents([row.tokens for row in rows], batch.tokens)
 
 
-class _Column:
-    """Sequences of one field, laid flat; None where the first example has none of it."""
-
-    def __init__(self, kind: Any, width: tuple[int, ...] = ()) -> None:
-        self.kind = kind
-        self.parts: list[np.ndarray] = [np.empty((0, *width), kind)]
-        self.flat, self.starts = self.parts[0], np.zeros(1, np.int64)
-        self.absent = False
-
-    def add(self, values: Any) -> None:
-        self.absent = values is None
-        if values is not None:
-            self.parts.append(np.asarray(values, self.kind).reshape(-1, *self.flat.shape[1:]))
-
-    def close(self) -> None:
-        self.starts = np.cumsum([len(part) for part in self.parts])
-        self.flat = np.concatenate(self.parts)
-        self.parts.clear()
-
-    def __getitem__(self, index: int) -> Any:
-        return None if self.absent else self.flat[self.starts[index] : self.starts[index + 1]]
-
-
-class RowArrays(NamedTuple):
-    """An example's number, and its fields as views of the data set's arrays.
-
-    `labels` [n, 2]: position, token.
-    """
-
-    number: int
-    tokens: np.ndarray
-    labels: np.ndarray
-    source: np.ndarray | None
-    types: np.ndarray | None
-    span: np.ndarray | None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many tokens it has, and of a T5 how many its source."""
-        own = len(self.tokens)
-        return (own,) if self.source is None else (own, len(self.source))
-
-
 class AnswerDataset(Dataset[Example]):
-    """The examples of some JSONL files, encoded once and held as flat arrays.
+    """The examples of some JSONL files, held as flat arrays, in memory or mapped from a cache.
 
     They cost four bytes a token and eight a label, and worker processes share them: no Python
     object per token. `report` says what became of the rows.
@@ -248,6 +195,7 @@ class AnswerDataset(Dataset[Example]):
         encoders: by task name. Rows of other tasks are dropped and counted.
         trainable: raise where no row is left, and name the reasons.
         drop_unlabelled: count rows in which nothing is to be learned; otherwise one is an error.
+        cache: keeps each file's examples; None: they are encoded into memory.
     """
 
     def __init__(
@@ -256,35 +204,30 @@ class AnswerDataset(Dataset[Example]):
         encoders: Mapping[str, RowEncoder],
         trainable: bool = True,
         drop_unlabelled: bool = False,
+        cache: TokenCache | None = None,
     ) -> None:
         # Set, or the tokenizers library complains about worker processes started after it ran.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self.report = RowReport()
-        self._encoders = encoders
-        self._drop_unlabelled = drop_unlabelled
-        self.filler = next(iter(encoders.values())).filler
-        self._tokens, self._labels = _Column(np.int32), _Column(np.int32, (2,))
-        self._sources, self._types = _Column(np.int32), _Column(np.int8)
-        self._spans = _Column(np.int32)
-        self._columns = self._tokens, self._labels, self._sources, self._types, self._spans
+        encoding, cache = Encoding(encoders, drop_unlabelled), cache or TokenCache(None)
+        self.report, self.filler = RowReport(), encoding.filler
         groups = [[s] if isinstance(s, str | os.PathLike) else list(s) for s in sources]
-        self.sizes = [0] * len(groups)  # examples of each source
-        for number, files in enumerate(groups):
-            for example in (example for path in files for example in self._examples(path)):
-                labels = [label[:2] for label in example.labels]
-                kept = example.tokens, labels, example.source, example.token_types, example.span
-                for column, values in zip(self._columns, kept, strict=True):
-                    column.add(values)
-                self.sizes[number] += 1
-        for column in self._columns:
-            column.close()
+        self.sizes: list[int] = []  # examples of each source
+        chunks = []
+        for files in groups:
+            before = self.report.examples
+            for path in files:
+                encoded = cache.read(encoding, path)
+                self.report.join(encoded.report)
+                chunks += encoded.chunks
+            self.sizes.append(self.report.examples - before)
+        self._columns = Columns(chunks)
         self._ends = np.cumsum(self.sizes)
         if trainable and not len(self):
             names = [str(path) for files in groups for path in files]
             raise UserError(f"{', '.join(names) or 'no files'}: nothing to train on: {self.report}")
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return len(self._columns)
 
     def __getitem__(self, index: int) -> Example:
         row = self.arrays(index)
@@ -298,7 +241,11 @@ class AnswerDataset(Dataset[Example]):
 
     def arrays(self, index: int) -> RowArrays:
         """What an example is made of, uncopied."""
-        return RowArrays(index, *(column[index] for column in self._columns))
+        return self._columns.arrays(index)
+
+    def tokens(self, start: int, stop: int) -> Sequence[np.ndarray]:
+        """The tokens of the examples from `start` to `stop`, each looked up when asked for."""
+        return TokensOf(self._columns, range(start, stop))
 
     def source_of(self, index: int) -> int:
         """Which source an example is from."""
@@ -312,71 +259,7 @@ class AnswerDataset(Dataset[Example]):
     @property
     def lengths(self) -> np.ndarray:
         """[rows, 1]: the tokens of each; [rows, 2]: and those of its source, which a T5 has."""
-        columns = [column for column in (self._tokens, self._sources) if not column.absent]
-        return np.stack([np.diff(column.starts) for column in columns], 1)
-
-    def _examples(self, path: str | os.PathLike[str]) -> Iterator[Example]:
-        rows = self._sound_rows(path)
-        while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            by_task: dict[str, list[int]] = {}
-            for index, (_, task, _) in enumerate(chunk):
-                by_task.setdefault(task, []).append(index)
-            outcomes: dict[int, Encoded | RowDropped] = {}
-            for task, members in by_task.items():
-                encoded = self._encode(path, task, [chunk[index] for index in members])
-                outcomes |= zip(members, encoded, strict=True)
-            for index, (number, _, _) in enumerate(chunk):
-                outcome = outcomes[index]
-                if isinstance(outcome, RowDropped):
-                    self._drop(outcome, f"{path}, line {number}")
-                else:
-                    self.report.add(outcome)
-                    yield from outcome.examples
-
-    def _encode(
-        self, path: str | os.PathLike[str], task: str, members: Sequence[tuple[int, str, Row]]
-    ) -> list[Encoded | RowDropped]:
-        encoder, rows = self._encoders[task], [row for _, _, row in members]
-        try:
-            return list(encoder.encode_all(rows))
-        except RowError as error:
-            for number, _, row in members:
-                try:
-                    list(encoder.encode_all([row]))
-                except RowError as reason:
-                    raise UserError(f"{path}, line {number}: {reason}") from None
-            raise AssertionError("a row that is refused among others alone") from error
-
-    def _drop(self, dropped: RowDropped, where: str) -> None:
-        if isinstance(dropped, RowUnlabelled) and not self._drop_unlabelled:
-            raise UserError(
-                f"{where}: {dropped}: nothing is to be learned from the row; mend or remove it, or "
-                f"set model.data.unlabelled: drop"
-            )
-        self.report.dropped[str(dropped)] += 1
-
-    def _sound_rows(self, path: str | os.PathLike[str]) -> Iterator[tuple[int, str, Row]]:
-        """(line, task, row) of rows that have all they need; the first that does not ends it."""
-        empty = True
-        for number, row in read_rows(path):
-            empty = False
-            self.report.rows += 1
-            task = task_of(row, self._encoders)
-            if task is None:
-                raise UserError(
-                    f"{path}, line {number}: no field 'taskname', and there are several tasks: "
-                    f"{', '.join(self._encoders)}"
-                )
-            if task not in self._encoders:
-                self.report.dropped[f"of task {task!r}, not in existing_tasks or new_tasks"] += 1
-                continue
-            try:
-                self._encoders[task].check(row)
-            except RowError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
-            yield number, task, row
-        if empty:
-            raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
+        return self._columns.lengths
 
 
 def evaluation_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from graftwerk.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ANY_TASK = "*"  # the task of all rows, whatever they call it: SFT's and conversations
+
 
 class Label(NamedTuple):
     """The token that the hidden state at `position` has to predict, and how much that counts."""
@@ -82,6 +84,14 @@ class RowEncoder(Protocol):
     def encode_prompt(self, row: Mapping[str, Any], room: int = 0) -> Any:
         """What answers are made from: the row without its answer."""
         ...
+
+
+def task_of(row: Mapping[str, Any], encoders: Mapping[str, RowEncoder]) -> str | None:
+    """The task that a row says it is of; None where it has to say so and does not."""
+    if ANY_TASK in encoders:
+        return ANY_TASK
+    only = next(iter(encoders)) if len(encoders) == 1 else None
+    return row.get("taskname", only)
 
 
 class Encoded(NamedTuple):
@@ -275,6 +285,12 @@ class RowReport:
             self.tokens += example.length
             self.labels += len(example.labels) if example.span is None else 2
             self.longest = max(self.longest, example.length)
+
+    def join(self, other: "RowReport") -> None:
+        """Count the rows of another one too."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "longest" else mine + value)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers; `tokens` and `longest` count whole examples, end token included."""

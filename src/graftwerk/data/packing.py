@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftwerk.data.dataset import Batch, RowArrays
+from graftwerk.data.columns import RowArrays
+from graftwerk.data.dataset import Batch
 from graftwerk.data.trees import MINIMUM, SortedRows, trees
 
 

@@ -11,11 +11,13 @@ import json
 import math
 import time
 from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # raised when the same configuration and source give other files
 FILES = (*SPLITS, "test_ground_truth")
 ROWS_AT_ONCE = 512
+BITS, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 @dataclass(slots=True)
@@ -45,14 +48,63 @@ class Question:
     id: str
 
 
+class HashTable:
+    """Small numbers (0 to 6) by the hash of what they are of: 11 to 23 bytes each, and no object.
+
+    Of a hash 61 bits count, so that of a million keys that differ two are taken for one in one of
+    four million runs. Open addressing with linear probing (Knuth, volume 3, section 6.4); what came
+    last is in a dict, which alone is faster and enough for small data.
+    """
+
+    RECENT = 2**16
+
+    def __init__(self) -> None:
+        self._recent: dict[int, int] = {}
+        self._places, self._held = array("Q"), 0
+
+    def put(self, key: int, number: int) -> int | None:
+        """The number that a key has; None where it had none and has been given `number`."""
+        held = self._recent.get(key)
+        if held is None and self._held:
+            entry = self._places[self._place(key << 3 & BITS)]
+            held = (entry & 7) - 1 if entry else None
+        if held is None:
+            self._recent[key] = number
+            if len(self._recent) == self.RECENT:
+                self._spill()
+        return held
+
+    def _place(self, entry: int) -> int:
+        """Where an entry's key is, or could be."""
+        places, mask = self._places, len(self._places) - 1
+        # The highest bits of the product hang on all of the key's.
+        place = ((entry >> 3) * GOLDEN & BITS) >> 64 - mask.bit_length()
+        while (held := places[place]) and held ^ entry >= 8:
+            place = place + 1 & mask
+        return place
+
+    def _spill(self) -> None:
+        """The dict's keys join the others; of all places 7 in 10 are held at most."""
+        new, before = self._recent, array("Q")
+        self._recent, self._held = {}, self._held + len(new)
+        if 10 * self._held > 7 * len(self._places):
+            before, size = self._places, max(2 * len(self._places), 2 * self.RECENT)
+            self._places = array("Q", bytes(8 * size))
+        entries = (key << 3 & BITS | number + 1 for key, number in new.items())
+        for entry in chain(before, entries):
+            if entry:
+                self._places[self._place(entry)] = entry
+
+
 @dataclass
 class Sieve:
     """Passes each sound row once; counts what it does not, by reason."""
 
     rows_in: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    _seen: dict[int, str] = field(default_factory=dict)
-    _ids: set[str] = field(default_factory=set)
+    _seen: HashTable = field(default_factory=HashTable)
+    _ids: HashTable = field(default_factory=HashTable)
+    _splits: list[str] = field(default_factory=list)
 
     def drop(self, reason: str) -> bool:
         """Count a row that was read and does not pass."""
@@ -83,19 +135,17 @@ class Sieve:
         return True
 
     def _first_seen(self, split: str, fields: Mapping[str, Any]) -> str | None:
+        if split not in self._splits:
+            self._splits.append(split)
         # The hash instead of the text, so that a streamed source stays out of memory.
-        key = hash(tuple(fields.values()))
-        where = self._seen.get(key)
-        if where is None:
-            self._seen[key] = split
-        return where
+        before = self._seen.put(hash(tuple(fields.values())), self._splits.index(split))
+        return None if before is None else self._splits[before]
 
     def own_id(self, given: Any, otherwise: str) -> str:
         """A test row's id: the source's where it has one and it is new."""
         name = str(given) if isinstance(given, str | int) and given != "" else otherwise
-        while name in self._ids:
+        while self._ids.put(hash(name), 0) is not None:
             name += "+"
-        self._ids.add(name)
         return name
 
 
@@ -223,8 +273,10 @@ class _Writer:
         self._head = f'{{"taskname": {_quoted(taskname)}'
         self._sha = hashlib.sha256()
         self._tokenizer = tokenizer
-        self._characters: dict[str, array[int]] = defaultdict(lambda: array("I"))
-        self._tokens: dict[str, array[int]] = defaultdict(lambda: array("I"))
+        # How many have each length, by field: of a million rows a few thousand numbers.
+        # None is the whole row.
+        self._characters: dict[str | None, Counter[int]] = defaultdict(Counter)
+        self._tokens: dict[str | None, Counter[int]] = defaultdict(Counter)
         self._lines: list[str] = []
         self._waiting: list[dict[str, str]] = []
 
@@ -251,10 +303,13 @@ class _Writer:
         self._lines.clear()
 
     def _measure(self, question: Question) -> None:
-        lengths = self._characters
+        lengths, row = self._characters, len(question.answers[0])
+        lengths["answer"][row] += 1
         for name, text in question.fields.items():
-            lengths[name].append(len(text))
-        lengths["answer"].append(len(question.answers[0]))
+            length = len(text)
+            lengths[name][length] += 1
+            row += length
+        lengths[None][row] += 1
         if self._tokenizer is not None:
             self._waiting.append({**question.fields, "answer": question.answers[0]})
             if len(self._waiting) == ROWS_AT_ONCE:
@@ -262,10 +317,14 @@ class _Writer:
 
     def _tokenize(self) -> None:
         assert self._tokenizer is not None
+        rows = [0] * len(self._waiting)
         for name in self._waiting[0] if self._waiting else ():
             texts = [row[name] for row in self._waiting]
             encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-            self._tokens[name].extend(len(tokens) for tokens in encoded)
+            lengths = [len(tokens) for tokens in encoded]
+            self._tokens[name].update(lengths)
+            rows = [row + length for row, length in zip(rows, lengths, strict=True)]
+        self._tokens[None].update(rows)
         self._waiting.clear()
 
     def finish(self) -> None:
@@ -279,14 +338,17 @@ class _Writer:
         """{field or "row": {"characters" or "tokens": {median, p95, max}}}; a row is its fields."""
         result: dict[str, dict[str, dict[str, int]]] = {}
         for unit, columns in (("characters", self._characters), ("tokens", self._tokens)):
-            rows = array("I", map(sum, zip(*columns.values(), strict=True)))
-            for name, values in [*columns.items(), ("row", rows)] if columns else ():
-                result.setdefault(name, {})[unit] = _summary(values)
+            # The answer behind the other fields, the row behind all.
+            for name in sorted(columns, key=lambda name: (name is None, name == "answer")):
+                if columns[name]:
+                    result.setdefault(name or "row", {})[unit] = _summary(columns[name])
         return result
 
 
-def _summary(values: array) -> dict[str, int]:
+def _summary(counts: Mapping[int, int]) -> dict[str, int]:
     """Median, 95th percentile and maximum, each a value that occurs (nearest rank)."""
-    ranked = sorted(values)
-    p95 = ranked[math.ceil(0.95 * len(ranked)) - 1]
-    return {"median": ranked[(len(ranked) - 1) // 2], "p95": p95, "max": ranked[-1]}
+    values = sorted(counts)
+    ranks = list(accumulate(counts[value] for value in values))
+    median = values[bisect_left(ranks, (ranks[-1] + 1) // 2)]
+    p95 = values[bisect_left(ranks, math.ceil(0.95 * ranks[-1]))]
+    return {"median": median, "p95": p95, "max": values[-1]}

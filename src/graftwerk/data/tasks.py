@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from graftwerk.data.chat import ChatEncoder
-from graftwerk.data.encoding import Encoder, RowEncoder
+from graftwerk.data.encoding import ANY_TASK, Encoder, RowEncoder
 from graftwerk.data.question_answering import SpanEncoder
 from graftwerk.data.seq2seq import Seq2SeqEncoder
 from graftwerk.data.sources import settings_of
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Tokens of a row where neither the configuration nor the model bounds it; T5's.
 DEFAULT_LENGTH = 512
-ANY_TASK = "*"  # the task of all rows, whatever they call it: SFT's and conversations
 OVER_LONG = (None, "cut", "drop")
 UNLABELLED = ("error", "drop")
 METHODS = ("left", "right")
@@ -59,14 +58,6 @@ def encoders_from_config(
     if settings.get("prompt_template") is not None:
         return {ANY_TASK: make.encoder(sft_template(settings))}
     return {template.taskname: make.encoder(template) for template in task_templates(model_cfg)}
-
-
-def task_of(row: Mapping[str, Any], encoders: Mapping[str, RowEncoder]) -> str | None:
-    """The task that a row says it is of; None where it has to say so and does not."""
-    if ANY_TASK in encoders:
-        return ANY_TASK
-    only = next(iter(encoders)) if len(encoders) == 1 else None
-    return row.get("taskname", only)
 
 
 def template_words(model_cfg: DictConfig) -> list[str]:

@@ -4,12 +4,13 @@ In the order of their tokens, rows with a common beginning are neighbours, and w
 in common says all of the tree: row i adds to it what is behind its first `common[i]` tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+TOKENS_AT_ONCE = 2**24  # that are copied to be sorted
 MINIMUM = (
     16  # tokens in common that are worth a tree: fewer save little, and bind rows in shuffling
 )
@@ -32,23 +33,50 @@ class SortedRows:
     @classmethod
     def of(cls, rows: Sequence[np.ndarray]) -> "SortedRows":
         """Of rows of tokens, all of one type; no order but theirs decides between equal ones."""
-        # Bytes are compared at once, and keep beginnings together in whatever order they are.
-        keys = [row.tobytes() for row in rows]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        common = [0] * len(order)
-        for place, (before, row) in enumerate(pairwise(order), 1):
-            common[place] = _alike(rows[before], rows[row])
-        own = [len(rows[row]) - shared for row, shared in zip(order, common, strict=True)]
-        return cls(np.array(order, np.int64), np.array(common, np.int64), np.cumsum([0, *own]))
+        order = _sorted(rows)
+        common, added = np.zeros(len(order), np.int64), np.zeros(len(order) + 1, np.int64)
+        before = None
+        for place, row in enumerate(map(rows.__getitem__, order)):
+            common[place] = 0 if before is None else _alike(before, row)
+            added[place + 1] = len(row) - common[place]
+            before = row
+        return cls(order, common, np.cumsum(added))
 
     def tokens(self, start: int, stop: int) -> int:
         """Tokens of the tree of the rows from place `start` to `stop`."""
         return int(self.added[stop] - self.added[start] + self.common[start])
 
-    def cut(self, start: int, stop: int, floor: int) -> Iterator[tuple[int, int]]:
-        """Runs of rows of which neighbours have `floor` tokens in common."""
+    def cut(self, start: int, stop: int, floor: int) -> np.ndarray:
+        """[runs + 1] where runs of rows begin of which neighbours have `floor` tokens in common;
+        the last is `stop`."""
         edges = start + 1 + np.flatnonzero(self.common[start + 1 : stop] < floor)
-        return pairwise([start, *edges.tolist(), stop])
+        return np.concatenate([[start], edges, [stop]])
+
+
+def _sorted(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """[n] the rows' numbers in the order of their tokens.
+
+    Where all are more than should be copied, what begins with the same token is sorted apart.
+    """
+    found, waiting = [], [(np.arange(len(rows)), 0)]
+    while waiting:
+        numbers, depth = waiting.pop()
+        if sum(len(rows[n]) - depth for n in numbers) <= TOKENS_AT_ONCE or len(numbers) == 1:
+            # Bytes are compared at once, and keep beginnings together in whatever order they are.
+            keys = [rows[n][depth:].tobytes() for n in numbers]
+            found.append(numbers[sorted(range(len(keys)), key=keys.__getitem__)])
+            continue
+        first = rows[numbers[0]]
+        depth = min(_alike(first, rows[n]) for n in numbers)  # all begin with so many alike
+        next_tokens = (rows[n][depth] if len(rows[n]) > depth else -1 for n in numbers)
+        begins = np.fromiter(next_tokens, np.int64, len(numbers))
+        order = np.argsort(begins, kind="stable")
+        edges = np.flatnonzero(np.diff(begins[order], prepend=-2)).tolist()
+        runs = [numbers[order[i:j]] for i, j in pairwise([*edges, len(numbers)])]
+        if begins[order[0]] == -1:  # rows that end here come first, and are all the same
+            found.append(runs.pop(0))
+        waiting += [(run, depth) for run in reversed(runs)]
+    return np.concatenate([np.arange(0), *found])
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> int:
@@ -64,7 +92,7 @@ def trees(rows: SortedRows, size: int, minimum: int = MINIMUM) -> list[tuple[int
     A tree that is larger is cut into as many as repeat the fewest tokens.
     """
     found: list[tuple[int, int]] = []
-    for start, stop in rows.cut(0, len(rows.order), minimum):
+    for start, stop in pairwise(rows.cut(0, len(rows.order), minimum).tolist()):
         fits = rows.tokens(start, stop) <= size
         found += [(start, stop)] if fits else _fitting(rows, start, stop, size)
     return found
@@ -95,7 +123,7 @@ class Groups:
         starts: where each group begins.
     """
 
-    def __init__(self, rows: np.ndarray, starts: Sequence[int]) -> None:
+    def __init__(self, rows: np.ndarray, starts: Sequence[int] | np.ndarray) -> None:
         self.rows = rows
         self.starts = np.asarray(starts, np.int64)
         self.sizes = np.diff(self.starts, append=len(rows))
@@ -106,15 +134,16 @@ class Groups:
 
         One that does not is split at its root, so that what all rows begin with binds none.
         """
-        starts, waiting = [], [(0, len(rows.order), minimum)]
+        found, waiting = [np.arange(0)], [(0, len(rows.order), minimum)]
         while waiting:
-            for start, stop in rows.cut(*waiting.pop()):
-                if rows.tokens(start, stop) <= size:
-                    starts.append(start)
-                else:
-                    root = int(rows.common[start + 1 : stop].min())
-                    waiting.append((start, stop, root + minimum))
-        return cls(rows.order, sorted(starts))
+            edges = rows.cut(*waiting.pop())
+            starts, stops = edges[:-1], edges[1:]
+            large = rows.added[stops] - rows.added[starts] + rows.common[starts] > size
+            found.append(starts[~large])
+            for start, stop in zip(starts[large].tolist(), stops[large].tolist(), strict=True):
+                root = int(rows.common[start + 1 : stop].min())
+                waiting.append((start, stop, root + minimum))
+        return cls(rows.order, np.sort(np.concatenate(found)))
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graftwerk.data.encoding import RowDropped, RowEncoder
+from graftwerk.data.encoding import RowDropped, RowEncoder, task_of
 from graftwerk.data.jsonl import Row, read_rows
-from graftwerk.data.tasks import task_of
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
 from graftwerk.generation import Continuation, Ending, Sampling, complete

@@ -97,7 +97,7 @@ class MegatronTrainer(pl.Trainer):
             accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
             shape=model.base.config,
             virtual_tokens=model.model.virtual_tokens,
-            static=self.run_device.type == "cuda",
+            device=self.run_device,
         )
         lines = [f"{key}: {report}" for key, report in data.report.items()]
         lines += data.arrange(model.model)

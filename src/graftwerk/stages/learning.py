@@ -102,7 +102,9 @@ def _run(stage: str, cfg: DictConfig, world: World) -> int:
         accumulate=cfg.trainer.get("accumulate_grad_batches") or 1,
         shape=None if base is None else base.config,
         virtual_tokens=goal.virtual_tokens,
-        static=device.type == "cuda",
+        device=device,
+        leads=world.local_rank == 0,
+        say=world.say if world.rank == 0 else None,
     )
     for name, report in data.report.items():
         world.say(f"{name}: {report}")

@@ -389,3 +389,39 @@ def test_ranks_of_a_t5_that_run_out_of_rows_get_fillers_of_its_kind(config):
     last = [list(module.train_dataloader())[-1][0] for module in modules]
     assert {batch.num_rows for batch in last} == {0, 1}
     assert all(batch.source is not None for batch in last)
+
+
+@pytest.mark.parametrize("off", [None, False])
+def test_key_cache_dir_keeps_encoded_rows_for_the_next_run(config, tmp_path, off, monkeypatch):
+    config.data.cache_dir = str(tmp_path / "cache")
+    lines: list[str] = []
+    first = AnswerDataModule(config, tokenizer, seed=1, say=lines.append)
+    assert len(list((tmp_path / "cache").glob("*/entry.json"))) == len(lines) == 2
+    expected = [questions(step) for step in first.train_dataloader()]
+    with monkeypatch.context() as patch:
+        patch.setattr("graftwerk.data.encoding.Encoder.encode_all", None)
+        again = AnswerDataModule(config, tokenizer, seed=1)
+    assert [questions(step) for step in again.train_dataloader()] == expected
+    config.data.cache_dir = off
+    config.encoder_seq_length -= 1  # not kept yet
+    AnswerDataModule(config, tokenizer, seed=1)
+    assert len(list((tmp_path / "cache").glob("*/entry.json"))) == 2
+
+
+def test_cache_dir_true_is_no_folder(config):
+    config.data.cache_dir = True
+    with pytest.raises(UserError, match="cache_dir=True; allowed: a folder, or null"):
+        AnswerDataModule(config, tokenizer, seed=1)
+
+
+def test_on_a_gpu_batches_are_made_ahead_in_locked_memory_unless_a_key_says_no(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def loader(device, **keys):
+        config.data = {**config.data, "num_workers": None, "pin_memory": None, **keys}
+        made = AnswerDataModule(config, tokenizer, seed=1, device=device).train_dataloader()
+        return made.num_workers, made.prefetch_factor, made.pin_memory
+
+    assert loader("cuda") == (2, 2, True)
+    assert loader("cpu") == (0, None, False)
+    assert loader("cuda", num_workers=0, pin_memory=False) == (0, None, False)

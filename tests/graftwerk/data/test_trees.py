@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftwerk.adapters import LoRAConfig
+from graftwerk.data import trees as trees_module
 from graftwerk.data.sampler import Mixture, StepSampler
 from graftwerk.data.trees import Groups, SortedRows, trees
 from tests.graftwerk.data.rows import (
@@ -46,6 +47,20 @@ def test_rows_are_sorted_and_know_what_they_share(rows):
         for stop in range(start + 1, len(rows) + 1):
             held = [rows.rows[number] for number in found.order[start:stop]]
             assert found.tokens(start, stop) == len(beginnings(held))
+
+
+@settings(max_examples=40)
+@given(forests(), st.integers(1, 12))
+def test_rows_that_are_sorted_in_runs_keep_beginnings_together(rows, at_once):
+    whole = sorted_rows(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees_module, "TOKENS_AT_ONCE", at_once)
+        found = sorted_rows(rows)
+    assert sorted(found.order) == list(range(len(rows)))
+    assert found.added[-1] == whole.added[-1] == len(beginnings(rows.rows))
+    assert sorted(found.common) == sorted(whole.common)
+    for (one, other), common in zip(pairwise(found.order), found.common[1:], strict=True):
+        assert rows.rows[one][0][:common] == rows.rows[other][0][:common]
 
 
 @settings(max_examples=50)
