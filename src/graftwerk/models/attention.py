@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from graftwerk.adapters.slots import Flow, PrefixSlot, Rows, Site, Slot, Split
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context, hide
+from graftwerk.models.norms import RMSNorm
 from graftwerk.models.positions import RelativePosition, rotate
 
 
@@ -37,8 +38,8 @@ class Attention(nn.Module):
         self.linear_proj = nn.Linear(query, hidden, bias=config.bias)
         self.query_layernorm = self.key_layernorm = None
         if config.qk_layernorm:
-            self.query_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
-            self.key_layernorm = nn.RMSNorm(self.head_size, eps=config.layernorm_epsilon)
+            self.query_layernorm = RMSNorm(self.head_size, eps=config.layernorm_epsilon)
+            self.key_layernorm = RMSNorm(self.head_size, eps=config.layernorm_epsilon)
 
         def slot(name: str, inputs: int, outputs: int, rows: Rows, split: Split = "column") -> Slot:
             return Slot(Site(name, number, inputs, outputs, split, stack=stack, rows=rows))

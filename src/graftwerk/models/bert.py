@@ -11,7 +11,8 @@ from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Start, Transformer, with_virtual
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context
-from graftwerk.models.layers import ACTIVATIONS, Layers, make_norm
+from graftwerk.models.layers import ACTIVATIONS, Layers
+from graftwerk.models.norms import make_norm
 from graftwerk.models.positions import same_document
 
 

@@ -13,6 +13,7 @@ from graftwerk.adapters.slots import Flow, JoinSlot, LayerSlot, Rows, Site, Slot
 from graftwerk.models.attention import Attention, CrossAttention
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context
+from graftwerk.models.norms import make_norm
 from graftwerk.models.positions import RelativePosition
 
 ACTIVATIONS = {
@@ -26,19 +27,6 @@ ACTIVATIONS = {
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "reglu": F.relu,
 }
-
-
-class LayerNorm1P(nn.LayerNorm):
-    """Layer norm whose weight is stored less one (NeMo's `layernorm1p`)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
-
-
-def make_norm(config: TransformerConfig) -> nn.Module:
-    """The normalization that the config names."""
-    norms = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm, "layernorm1p": LayerNorm1P}
-    return norms[config.normalization](config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class MLP(nn.Module):

@@ -4,9 +4,11 @@ Shapes: B batch, S new tokens, K tokens seen (S and those in the cache), d head 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from graftwerk.models.config import RotaryScaling, TransformerConfig
 
@@ -133,17 +135,43 @@ def _scaled(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Turns the first features of [B, S, heads, d] by the angles of its positions."""
-    cos, sin = rotary
+    turned: Any = _Rotation.apply(x, *rotary, interleaved)
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """The way back is the rotation back: neither x nor what it is made of is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     size = cos.shape[-1]
-    rest = x[..., size:]
-    x = x[..., :size]
-    if interleaved:
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    else:
-        first, second = x.chunk(2, -1)
-        turned = torch.cat([-second, first], -1)
-    x = x * cos + turned * sin
-    return torch.cat([x, rest], -1) if rest.shape[-1] else x
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    turned[..., size:] = x[..., size:]
+    torch.mul(x[..., :size], cos, out=turned[..., :size])
+
+    def pairs(of: Tensor) -> tuple[Tensor, Tensor]:
+        half = size // 2
+        if interleaved:
+            return of[..., :size:2], of[..., 1:size:2]
+        return of[..., :half], of[..., half:size]
+
+    (x_first, x_second), (sin_first, sin_second) = pairs(x), pairs(sin)
+    first, second = pairs(turned)
+    first.addcmul_(x_second, sin_first, value=-1)
+    second.addcmul_(x_first, sin_second)
+    return turned
 
 
 class RelativePosition(nn.Module):

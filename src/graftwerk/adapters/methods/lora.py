@@ -169,7 +169,7 @@ class LoRA(Part):
             x = self.dropout(x, call.flow)
         if self.position is not None:
             x = self.position.enter(x)
-        update = self.scale * self.linear_out(self.linear_in(x))
+        update = self.linear_out(self.scale * self.linear_in(x))  # scaled where it is small
         if self.position is not None:
             update = self.position.leave(update)
         return update if self.drops_input else self.dropout(update, call.flow)
