@@ -167,12 +167,25 @@ def test_what_has_no_content_is_refused():
         fingerprint({"x": lambda: 0})
 
 
-def print_of():
-    return fingerprint(Encoder(task, word, 32))
+CODE = """
+import sys
+from graftwerk.data.encoding import Encoder
+from graftwerk.data.fingerprint import fingerprint
+from graftwerk.data.templates import TaskTemplate
+from graftwerk.data.tokenized import Encoding
+from graftwerk.data.tokenizers import build_tokenizer
+
+tokenizer = build_tokenizer("word", ["d c b a context : question answer"])
+template = TaskTemplate("t", "{context} {question} {answer}", truncate_field="context")
+print(fingerprint(Encoding({"t": Encoder(template, tokenizer, 32)})), "torch" in sys.modules)
+"""
 
 
-def test_another_process_finds_the_same():
-    code = "from tests.graftwerk.data.test_fingerprint import *; print(print_of())"
+def test_another_process_finds_the_same_and_needs_no_torch(capsys):
     env = {**os.environ, "PYTHONHASHSEED": "7"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.stdout.strip() == print_of(), run.stderr
+    run = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found, torch = run.stdout.split()
+    exec(CODE, {})
+    assert capsys.readouterr().out.split()[0] == found
+    assert torch == "False"

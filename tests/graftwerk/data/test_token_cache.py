@@ -72,7 +72,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("family", ["gpt", "t5", "bert"])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(files=st.lists(rows, min_size=3, max_size=3), at_once=st.sampled_from([1, 30, 2**20]))
 def test_rows_of_the_cache_are_those_that_are_encoded_in_memory(
     tmp_path_factory, family, files, at_once
