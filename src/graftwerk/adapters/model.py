@@ -229,6 +229,13 @@ class AdapterModel(nn.Module):
             if action is not None:
                 actions[slot.key] = action
         parts = [part for name in methods for _, _, part in self.parts(name)]
+        shape, virtual = getattr(self, "config", None), columns(composition, lengths)
+        whole_text = any(part.whole_text for part in parts)
+        both_ways = getattr(shape, "architecture", "gpt") != "gpt"
+        own_prompts = bool(virtual) and (both_ways or whole_text)
+        distances = self._distances(composition, methods)
+        placed = distances != "none" and getattr(shape, "position_embedding_type", "") == "relative"
+        split = bool(below(composition, Split))
         return Plan(
             composition,
             tuple(skip_layers),
@@ -236,11 +243,12 @@ class AdapterModel(nn.Module):
             None if self._heads is None else self._heads.resolve(composition),
             copies,
             widen_at,
-            columns(composition, lengths),
+            virtual,
             columns(composition, {name: method.shift for name, method in methods.items()}),
             any(part.whole_row for part in parts),
-            any(part.whole_text for part in parts) or bool(below(composition, Split)),
-            self._distances(composition, methods),
+            whole_text or split or own_prompts or placed,
+            own_prompts,
+            distances,
             self._unplaced(methods, actions),
         )
 

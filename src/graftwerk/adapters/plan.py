@@ -45,6 +45,8 @@ class Plan:
         whole_row: a part's value at a token depends on tokens behind it, so that what was computed
             for the beginning of a row does not hold once the row has grown.
         reads_texts: something asks which text of a packed row each token is of, or where in it.
+        own_prompts: a prompt's columns differ from text to text, so that texts of a packed row
+            cannot share them; each has room for its own.
         distances: what a T5's table of distances says of the active prefixes.
         unplaced: layers whose self-attention has no scores of distances.
     """
@@ -59,6 +61,7 @@ class Plan:
     shift: int = 0
     whole_row: bool = False
     reads_texts: bool = False
+    own_prompts: bool = False
     distances: str = "none"
     unplaced: frozenset[int] = frozenset()
 

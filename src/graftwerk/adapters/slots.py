@@ -154,9 +154,9 @@ class SlotCall:
     of a projection, the vectors of positions. `positions`: [batch or 1, sequence]. `virtual`: how
     many of the first columns are virtual tokens, for prompts to fill; `start`: the part's first.
     `joined`: `output` is the layer's next state already, with nothing to be added; a mask [batch,
-    sequence, 1] where that holds of some tokens only. `seen`
-    [batch, rows] or None: which rows of a prefix there are. `before`, `behind`: how many tokens of
-    its text stand before each token and behind it, [batch or 1, sequence]; padding is far from any.
+    sequence, 1] where that holds of some tokens only. `seen` [batch, 1 or sequence, rows] or None:
+    which rows of a prefix there are, for a token. `before`, `behind`: how many tokens of its text
+    stand before each token and behind it, [batch or 1, sequence]; padding is far from any.
     """
 
     output: Tensor
@@ -298,7 +298,10 @@ class SlotCall:
         if dim == 0:
             _pad_prefixes(calls)
         if dim == 0 and any(call.seen is not None for call in calls):
-            self.seen = _ordered(torch.cat([_seen(call) for call in calls]), order)
+            seen = [_seen(call) for call in calls]
+            queries = max(one.shape[1] for one in seen)
+            seen = torch.cat([one.expand(-1, queries, -1) for one in seen])
+            self.seen = _ordered(seen, order)
         return _ordered(torch.cat([call.output for call in calls], dim), order)
 
 
@@ -319,7 +322,8 @@ def _ordered(tensor: Tensor, order: Tensor | None) -> Tensor:
 def _seen(call: SlotCall) -> Tensor:
     if call.seen is not None:
         return call.seen
-    return torch.ones(call.output.shape[:2], dtype=torch.bool, device=call.output.device)
+    batch, length = call.output.shape[:2]
+    return torch.ones(batch, 1, length, dtype=torch.bool, device=call.output.device)
 
 
 def _pad_prefixes(calls: Sequence[SlotCall]) -> None:
@@ -417,7 +421,8 @@ class PrefixSlot(Slot):
     """A slot whose output are rows that come before keys and values."""
 
     def rows(self, like: Tensor, flow: Flow, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Rows [B, P, 2 kv] and which of them there are ([B, P]; None: all); None for no prefix.
+        """Rows [B, P, 2 kv] and which of them there are for whom ([B, 1 or S, P]; None: all); None
+        for no prefix.
 
         `like` [B, 0, 2 kv]; `input` [B, S, h]: what goes into the attention.
         """

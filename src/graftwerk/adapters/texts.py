@@ -12,23 +12,24 @@ from torch.nn import functional as F
 class Texts:
     """Where the texts of packed rows stand; padding is one more text.
 
-    `number` [B, S]: that of each column's text in its row, below `count`. `place` [B, S]: how many
-    tokens of its text stand before it; negative: columns of prompts.
+    `number` [B, S]: that of each column's text in its row, below `count`. `place` [B, S]: which
+    column of a row of its own it would be; the first `prompt` of those are virtual tokens.
     """
 
     number: Tensor
     place: Tensor
     count: int
+    prompt: int = 0
 
     @classmethod
-    def of(cls, documents: Tensor, place: Tensor) -> "Texts":
+    def of(cls, documents: Tensor, place: Tensor, prompt: int = 0) -> "Texts":
         """Of texts that `documents` [B, S] numbers from 0, -1 for padding."""
         most = documents.shape[1]  # how many there are a GPU would have to be asked
-        return cls(documents.masked_fill(documents < 0, most), place, most + 1)
+        return cls(documents.masked_fill(documents < 0, most), place, most + 2, prompt)
 
     @property
-    def padding(self) -> int:
-        """The number of what is no text's."""
+    def beyond(self) -> int:
+        """The number of what is no column of a row."""
         return self.count - 1
 
     def each(self, change: Callable[[Tensor], Tensor | None]) -> "Texts":
@@ -43,10 +44,15 @@ class Texts:
         in, [B, S], and the pieces as texts."""
         piece = torch.zeros_like(self.place)
         for stop in stops:
-            piece += self.place >= stop
+            piece += self.place >= self.prompt + stop
         pieces = len(stops) + 1
         number = self.number * pieces + piece
         return piece, replace(self, number=number, count=self.count * pieces)
+
+    def members(self) -> Tensor:
+        """Whether a column is of a text, [B, S, T], for as many texts as the fullest row has."""
+        number = self.number.masked_fill(self.number >= self.count - 2, -1)  # padding
+        return number[..., None] == torch.arange(int(number.max()) + 1, device=number.device)
 
     def sums(self, x: Tensor) -> Tensor:
         """Sums over the columns of each text, in float32 at least, and how many they are.

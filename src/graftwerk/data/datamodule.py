@@ -115,11 +115,8 @@ class AnswerDataModule(LightningDataModule):
         # `split: {val: 0}` leaves an empty validation file: nothing to validate on, no mistake.
         self.val_sources = [s for s in map(_with_rows, sources_of(model_cfg, "validation_ds")) if s]
         self.val_set = read("validation_ds", self.val_sources, False)
-        if self.packing is not None:
-            self._room = {
-                "train_ds": self.packing.room(self.train_set, "train_ds"),
-                "validation_ds": self.packing.room(self.val_set, "validation_ds"),
-            }
+        self._own_prompt = 0  # virtual tokens of each text in a packed row; `arrange` knows
+        self._measure_room()
         self.sampler = self._train_sampler()
         if not len(self.sampler):
             raise UserError(
@@ -175,6 +172,9 @@ class AnswerDataModule(LightningDataModule):
             raise UserError(f"{SHARE}=True: {reason}: set it to auto or false")
         if padded:
             return [self._pad_instead(padded)]
+        if model.plan.own_prompts:
+            self._own_prompt = model.virtual_tokens
+            self._measure_room()
         if reason and self.packing.share == "auto":
             lines = [f"packing: rows that begin alike are computed apart: {reason}"]
         self.shares = bool(self.packing.share) and not reason
@@ -182,6 +182,13 @@ class AnswerDataModule(LightningDataModule):
         self.sampler = self._train_sampler(groups)
         self.packing_report = self._packing_report(groups)
         return [*lines, *self.packing_report.lines(self.packing.size)]
+
+    def _measure_room(self) -> None:
+        """Sets what packed rows have room for."""
+        if self.packing is not None:
+            sets = {"train_ds": self.train_set, "validation_ds": self.val_set}
+            room, prompt = self.packing.room, self._own_prompt
+            self._room = {key: room(rows, key, prompt) for key, rows in sets.items()}
 
     def _pad_instead(self, reason: str) -> str:
         """Takes rows out of packed rows again, before the first is made; a line for the log."""
@@ -261,7 +268,7 @@ class AnswerDataModule(LightningDataModule):
             return PaddedBatches(**common)
         static = self.device.type == "cuda"
         how = {"share": self.shares, "static": static, "family": self.family}
-        return PackedBatches(**common, room=self._room[key], **how)
+        return PackedBatches(**common, room=self._room[key], prompt=self._own_prompt, **how)
 
     def _loader(self, key: str, rows: AnswerDataset, sampler: StepSampler) -> DataLoader:
         settings, gpu = self._keys[key], self.device.type == "cuda"

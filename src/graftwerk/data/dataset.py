@@ -24,7 +24,8 @@ class Batch:
 
     Args:
         tokens: [B, S] int64, padded on the right.
-        positions: [B, S] int64, or None for 0, 1, 2, ... in every row.
+        positions: [B, S] int64, or None for 0, 1, 2, ... in every row. Negative: columns for the
+            virtual tokens of a text in a packed row.
         end: [B, S] int64 or None: query i sees key j of its row iff j <= i < end[j]; None means
             plain causal rows, where padding on the right is seen by no real token. Padding has
             end[j] = j + 1.

@@ -84,6 +84,7 @@ class PackedBatches(MicroBatches):
         room: tokens of a line at most, and of a T5 those of the sources too.
         share: rows that begin alike, with `minimum` tokens or more, are one tree.
         static: every batch has the same shape, that of full lines.
+        prompt: virtual tokens for which each row has room of its own; such rows are no trees.
     """
 
     room: tuple[int, ...] = ()
@@ -91,14 +92,16 @@ class PackedBatches(MicroBatches):
     minimum: int = MINIMUM
     static: bool = False
     family: str = "gpt"
+    prompt: int = 0
 
     def lines(self, rows: Sequence[int]) -> Sequence[PackedRow]:
         held = [self.rows.arrays(number) for number in rows]
-        documents = shared(held, self.room[0], self.minimum) if self.share else alone(held)
-        return first_fit_decreasing(documents, self.room)
+        if self.share:
+            return first_fit_decreasing(shared(held, self.room[0], self.minimum), self.room)
+        return first_fit_decreasing(alone(held, self.prompt), self.room)
 
     def batch(self, lines: Sequence[PackedRow]) -> Batch:
         multiples = self.room if self.static else [self.multiple] * len(self.room)
         height = self.micro_batch_size if self.static else 1
         source_of = self.rows.source_of if self.named else None
-        return pack(lines, self.pad, multiples, height, self.family, source_of)
+        return pack(lines, self.pad, multiples, height, self.family, source_of, self.prompt)

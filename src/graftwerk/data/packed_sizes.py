@@ -44,19 +44,22 @@ class Packing:
             raise UserError(f"{SIZE}={size!r}; allowed: a whole number from 1, or null")
         return cls(size, share)
 
-    def room(self, rows: AnswerDataset, key: str) -> tuple[int, ...]:
+    def room(self, rows: AnswerDataset, key: str, prompt: int = 0) -> tuple[int, ...]:
         """Tokens of a packed row: of a T5 those of its targets, then those of its sources.
+
+        `prompt`: virtual tokens that each row has of its own, before a T5's source.
 
         Raises:
             UserError: where a row is longer.
         """
-        if rows.longest > self.size:
+        if rows.longest + prompt > self.size:
+            virtual = f" and its prompt {prompt}" if prompt else ""
             raise UserError(
                 f"{SIZE}={self.size}: the longest row of model.data.{key} has {rows.longest} "
-                f"tokens: raise it to that, or bound rows by model.encoder_seq_length"
+                f"tokens{virtual}: raise it to that, or bound rows by model.encoder_seq_length"
             )
         if rows.lengths.shape[1] == 1 or not len(rows):
             return (self.size,)
         tokens, sources = rows.lengths.T
-        targets = ROOM * self.size * tokens.sum() / sources.sum()
+        targets = ROOM * self.size * tokens.sum() / (sources + prompt).sum()
         return (min(max(int(targets), tokens.max()), self.size), self.size)

@@ -18,7 +18,7 @@ class Document(NamedTuple):
     Args:
         rows: in the order of their tokens.
         common: with how many tokens of the one before each begins.
-        sizes: tokens of the tree, and of a T5 those of the source.
+        sizes: columns of the tree, and of a T5 those of the source.
     """
 
     rows: list[RowArrays]
@@ -29,9 +29,10 @@ class Document(NamedTuple):
 PackedRow = Sequence[Document]
 
 
-def alone(rows: Sequence[RowArrays]) -> list[Document]:
-    """Each row as a document of its own."""
-    return [Document([row], [0], row.sizes) for row in rows]
+def alone(rows: Sequence[RowArrays], prompt: int = 0) -> list[Document]:
+    """Each row as a document of its own, with room for `prompt` virtual tokens, which stand before
+    a T5's source."""
+    return [Document([row], [0], (*row.sizes[:-1], row.sizes[-1] + prompt)) for row in rows]
 
 
 def shared(rows: Sequence[RowArrays], size: int, minimum: int = MINIMUM) -> list[Document]:
@@ -74,6 +75,7 @@ def pack(
     height: int = 1,
     family: str = "gpt",
     source_of: Callable[[int], int] | None = None,
+    prompt: int = 0,
 ) -> Batch:
     """Packed rows of one family as a batch, padded on the right with token `pad`.
 
@@ -81,13 +83,15 @@ def pack(
         multiples: what the width of tokens, and that of a T5's source, is a multiple of.
         height: rows at least, of padding alone where there are fewer.
         source_of: gives the source of a row of data by its number, for the batch's `origins`.
+        prompt: columns before each document that are left for virtual tokens (a T5's source).
     """
+    ahead = 0 if family == "t5" else prompt
     shapes = [_shape(rows, size, multiple, height) for size, multiple in enumerate(multiples)]
     tokens, labelled = _Lines(shapes[0], pad), []
     for line, row in enumerate(rows):
         column = 0
         for document in row:
-            labelled += tokens.put(document, line, column)
+            labelled += tokens.put(document, line, column, ahead)
             column += document.sizes[0]
     documents = [document for row in rows for document in row]
     held = [row for document in documents for row in document.rows]
@@ -99,16 +103,16 @@ def pack(
         labels=_joined([row.labels[:, 1] for row in held]),
         weights=torch.ones(sum(len(row.labels) for row in held)),
         num_rows=len(held),
-        num_tokens=sum(sum(document.sizes) for document in documents),
+        num_tokens=sum(sum(document.sizes) - prompt for document in documents),
         row_tokens=sum(sum(row.sizes) for row in held),
     )
     batch.documents = _numbers(rows, 0, shapes[0])
     if family == "t5":
         sources = [[document.rows[0].source for document in row] for row in rows]
-        batch.source = _filled(sources, pad, shapes[1])
+        batch.source = _filled(sources, pad, shapes[1], prompt)
         batch.source_documents = _numbers(rows, 1, shapes[1])
     if family == "bert":
-        _add_spans(batch, rows)
+        _add_spans(batch, rows, ahead)
     if source_of is not None:
         of_row = torch.tensor([source_of(row.number) for row in held], dtype=torch.int64)
         counts = torch.tensor([len(row.labels) for row in held], dtype=torch.int64)
@@ -124,10 +128,16 @@ class _Lines:
         self.positions = np.zeros(shape, np.int64)  # of padding too: a table of them may be short
         self.end = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))
 
-    def put(self, document: Document, line: int, column: int) -> list[np.ndarray]:
+    def put(self, document: Document, line: int, column: int, ahead: int) -> list[np.ndarray]:
         """Writes a tree from a column on, depth first: each row adds what is behind the beginning
-        that it shares. Returns the flat indices of each row's labels."""
+        that it shares. Returns the flat indices of each row's labels.
+
+        `ahead` columns are left before it, at negative positions.
+        """
         tokens, positions, end = self.tokens[line], self.positions[line], self.end[line]
+        positions[column : column + ahead] = np.arange(-ahead, 0)
+        end[column : column + ahead] = column + document.sizes[0]
+        column += ahead
         # Where the last row's tokens are, by their depth; what goes on from there reads them too.
         path = np.empty(max(len(row.tokens) for row in document.rows), np.int64)
         labelled = []
@@ -143,8 +153,11 @@ class _Lines:
         return labelled
 
 
-def _add_spans(batch: Batch, rows: Sequence[PackedRow]) -> None:
-    """A start for each document, then an end for each, in columns of its packed row."""
+def _add_spans(batch: Batch, rows: Sequence[PackedRow], ahead: int) -> None:
+    """A start for each document, then an end for each, in columns of its packed row.
+
+    `ahead` columns of each document are before its tokens.
+    """
     places, spans, types = [], [], []
     for line, row in enumerate(rows):
         column = 0
@@ -152,7 +165,7 @@ def _add_spans(batch: Batch, rows: Sequence[PackedRow]) -> None:
             span = document.rows[0].span
             assert span is not None, "a BERT's rows mark an answer"
             places.append((line, number))
-            spans.append(span + column)
+            spans.append(span + column + ahead)
             column += document.sizes[0]
         types.append([document.rows[0].types for document in row])
     batch.end = batch.label_positions = None
@@ -160,7 +173,8 @@ def _add_spans(batch: Batch, rows: Sequence[PackedRow]) -> None:
     batch.labels = torch.tensor(np.array(spans), dtype=torch.int64).reshape(-1, 2).T.flatten()
     batch.weights = torch.ones(len(batch.labels))
     if any(part is not None for row in types for part in row):
-        batch.token_types = _filled(types, 0, (batch.tokens.shape[0], batch.tokens.shape[1]))
+        shape = batch.tokens.shape[0], batch.tokens.shape[1]
+        batch.token_types = _filled(types, 0, shape, ahead)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
@@ -180,11 +194,15 @@ def _numbers(rows: Sequence[PackedRow], size: int, shape: tuple[int, int]) -> Te
 
 
 def _filled(
-    rows: Sequence[Sequence[np.ndarray | None]], fill: int, shape: tuple[int, int]
+    rows: Sequence[Sequence[np.ndarray | None]],
+    fill: int,
+    shape: tuple[int, int],
+    ahead: int = 0,
 ) -> Tensor:
-    """Sequences side by side in rows, filled up on the right."""
-    filled = np.full(shape, fill, np.int64)
+    """Sequences side by side in rows, each behind `ahead` columns, filled up on the right."""
+    filled, before = np.full(shape, fill, np.int64), np.full(ahead, fill, np.int64)
     for line, row in zip(filled, rows, strict=False):
-        joined = np.concatenate([np.empty(0, np.int64), *row])  # type: ignore[list-item]
+        parts = [part for sequence in row for part in (before, sequence)]
+        joined = np.concatenate([np.empty(0, np.int64), *parts])  # type: ignore[list-item]
         line[: len(joined)] = joined
     return torch.from_numpy(filled)

@@ -23,7 +23,7 @@ class PackingReport:
         padded: where rows are padded, as many in a micro-batch; `packed`: where they are packed
             one by one; `shared`: as trees of those that begin alike.
         shares: whether they are.
-        full: how much of the packed rows is tokens.
+        full: how much of the packed rows is tokens, virtual ones too.
         trees: of how many trees (groups of rows that stay together in shuffling) a step's rows are,
             on average; `trees_row_wise`: were they shuffled one by one.
     """
@@ -46,7 +46,9 @@ class PackingReport:
         steps, mixed = _first(sampler), _first(StepSampler(sampler.all_rows, *how))
         rows = sum(map(len, steps))
         lines = [line for step in steps for line in batches.lines(step.tolist())]
-        computed = sum(sum(document.sizes) for line in lines for document in line)
+        documents = [document for line in lines for document in line]
+        filled = sum(sum(document.sizes) for document in documents)
+        computed = filled - batches.prompt * len(documents)
         cuts = [step[n : n + micro] for step in mixed for n in range(0, len(step), micro)]
         padded = sum(int(lengths[cut].max(0).sum()) * len(cut) for cut in cuts)
         return cls(
@@ -54,7 +56,7 @@ class PackingReport:
             packed=int(lengths[np.concatenate(steps)].sum()) / rows,
             shared=computed / rows,
             shares=batches.share,
-            full=computed / (sum(batches.room) * len(lines)),
+            full=filled / (sum(batches.room) * len(lines)),
             trees=_trees(steps, tree_of_row),
             trees_row_wise=_trees(mixed, tree_of_row),
         )

@@ -236,14 +236,15 @@ def put_prefix(
         mask = torch.ones(1, held, dtype=torch.bool, device=key.device)
     if relative is not None:
         assert mask is not None
-        there = torch.ones(1, length, device=key.device).bool() if seen is None else seen
-        scores = relative.with_prefix(x.shape[1], held, there, flow.distances)
+        there = torch.ones(1, 1, length, device=key.device).bool() if seen is None else seen
+        place = None if flow.texts is None else flow.texts.place
+        scores = relative.with_prefix(x.shape[1], held, there, flow.distances, place)
         mask = scores.masked_fill(F.pad(mask.isneginf(), (length, 0)), float("-inf"))
     elif mask is not None:
         mask = F.pad(mask, (length, 0), value=1 if mask.dtype == torch.bool else 0)
     if seen is not None:
         assert mask is not None
-        shown = F.pad(seen, (0, held), value=True)[:, None, None]
+        shown = F.pad(seen, (0, held), value=True)[:, None]
         mask = mask & shown if mask.dtype == torch.bool else hide(mask, shown)
     return torch.cat([rows[:, :, 0], key], 1), torch.cat([rows[:, :, 1], value], 1), mask
 

@@ -1,6 +1,7 @@
 """What all models share: embeddings, the output layer, and the context of a decoder's pass."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,21 +61,32 @@ class Transformer(AdapterModel):
         positions = start.context.positions
         return self.embedding(start.tokens, positions, flow, start.types, start.columns)
 
-    def texts(
-        self, documents: Tensor | None, place: Tensor | None = None, ahead: int = 0
-    ) -> Texts | None:
+    def is_packed(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether these arguments of a pass are rows that hold several texts."""
+        return (
+            inputs.get("spans" if self.config.architecture == "bert" else "documents") is not None
+        )
+
+    def columns_ahead(self, packed: bool) -> int:
+        """Columns of prompts that the model puts before each row; texts of packed rows may have
+        room for their own, behind which they stand."""
+        return 0 if packed and self.plan.own_prompts else self.plan.virtual_tokens
+
+    def texts(self, documents: Tensor | None, prompt: int = 0) -> Texts | None:
         """The texts of packed rows as slots are told them; None where nothing active asks.
 
-        `documents` [B, S]: which text of its row each token is of, -1 for padding; `place` [B, S]:
-        how many tokens of its text stand before it, None: those that do in the row. `ahead` columns
-        of prompts come in front.
+        `documents` [B, S]: which text of its row each column is of, -1 for padding. The first
+        `prompt` columns of each text are virtual tokens.
         """
         if documents is None or not self.plan.reads_texts:
             return None
-        if place is None:
-            place = neighbours(documents)[0]
-        documents, place = (F.pad(x, (ahead, 0), value=-1) for x in (documents, place))
-        return Texts.of(documents, place)
+        return Texts.of(documents, neighbours(documents)[0], prompt)
+
+    def spoken(self, documents: Tensor) -> Tensor:
+        """Packed `documents` [B, S] without the columns that are prompts' (-1)."""
+        if not self.plan.own_prompts:
+            return documents
+        return documents.masked_fill(neighbours(documents)[0] < self.plan.virtual_tokens, -1)
 
     def add_output_layer(self) -> None:
         """Gives the model its own output weights, or the bias beside tied ones, if it has them."""
@@ -208,6 +220,13 @@ def with_virtual(
         if select is not None:
             select = select // length * (length + count) + select % length + count
     return tokens, positions, end, select
+
+
+def within_prompt(positions: Tensor, count: int, shift: int) -> Tensor:
+    """Positions where each text of a packed row has `count` virtual tokens of its own, which
+    `positions` [B, S] number from -count."""
+    ahead = (positions + count).clamp(max=max(shift - 1, 0))
+    return torch.where(positions < 0, ahead, positions + shift)
 
 
 def decoder_context(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from graftwerk.adapters.heads import Heads
 from graftwerk.adapters.slots import Flow, Record
-from graftwerk.models.base import Start, Transformer, with_virtual
+from graftwerk.models.base import Start, Transformer, with_virtual, within_prompt
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context
 from graftwerk.models.layers import ACTIVATIONS, Layers
@@ -52,7 +52,8 @@ class BERT(Transformer):
             token_types: [B, S]; None: all 0.
             select: [N] flat indices into B*S that reach the head (`masked_lm`, `tagging`, none).
             spans: [D, 2] of each document that an answer is marked in its row and its number there
-                (`question_answering`). None: each row is one.
+                (`question_answering`). None: each row is one. With active prompts the first
+                columns of each document are room for its own, at negative positions.
             task_ids, record, chance: as in `GPT.forward`.
 
         Returns:
@@ -86,7 +87,7 @@ class BERT(Transformer):
                 elsewhere = documents < 0
                 if spans is not None:
                     rows, numbers = spans.T
-                    elsewhere = documents[rows] != numbers[:, None]
+                    elsewhere = self.spoken(documents)[rows] != numbers[:, None]
                     scores = scores.unflatten(0, (-1, len(documents)))[:, rows].flatten(0, 1)
                 elsewhere = elsewhere.repeat(self.width, 1)
                 scores = scores.masked_fill(elsewhere[..., None], float("-inf"))
@@ -147,18 +148,21 @@ class BERT(Transformer):
         `packed`: rows hold several texts, which `documents` tells apart.
         """
         plan = self.plan
-        virtual = plan.virtual_tokens
-        if virtual or plan.shift:
+        virtual = self.columns_ahead(packed)
+        if plan.own_prompts and packed:
+            assert positions is not None
+            positions = within_prompt(positions, plan.virtual_tokens, plan.shift)
+        elif virtual or plan.shift:
             arguments = with_virtual(virtual, plan.shift, tokens, positions, None, None)
             tokens, positions, _, _ = arguments
             token_types = None if token_types is None else F.pad(token_types, (virtual, 0))
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        texts = self.texts(documents, ahead=virtual) if packed else None
+        texts = self.texts(documents, plan.virtual_tokens) if packed else None
         flow = self.flow(task_ids, record, None, -virtual, chance, texts)
         context = Context(positions, flow=flow)
         if documents is not None:
-            context.documents = documents
+            context.documents = self.spoken(documents) if packed else documents
             context.mask = same_document(documents, virtual)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)

@@ -2,10 +2,19 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from graftwerk.adapters.slots import Flow, Record
-from graftwerk.models.base import Start, Transformer, decoder_context, with_virtual
+from graftwerk.adapters.texts import Texts
+from graftwerk.models.base import (
+    Start,
+    Transformer,
+    decoder_context,
+    with_virtual,
+    within_prompt,
+)
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.flex import suits
@@ -52,7 +61,9 @@ class GPT(Transformer):
             select: [N] flat indices into B*S: only these positions reach the final norm and the
                 output layer.
             documents: [B, S] of packed rows: which text, or tree of texts, of its row each token
-                is of, -1 for padding; with `positions` and `end`. None: a row is one text.
+                is of, -1 for padding; with `positions` and `end`. None: a row is one text. Where
+                each text has a prompt of its own (`Plan.own_prompts`), its first columns are room
+                for it, at negative positions.
             task_ids: [B] the child of a `MultiTask` for each row.
             record: takes up what adapters say of themselves (`adapters.slots.Record`).
             chance: [B] what dropout draws from for each row (`adapters.masks`); None: from torch's
@@ -97,15 +108,21 @@ class GPT(Transformer):
     ) -> Start:
         """A pass before its first layer; arguments as in `forward`."""
         plan, held = self.plan, cache.length if cache is not None else 0
-        virtual = plan.virtual_tokens
-        texts = self.texts(documents, positions, virtual)
-        if virtual or plan.shift:
+        virtual, texts = self.columns_ahead(documents is not None), None
+        if documents is not None and plan.reads_texts:
+            texts = self._texts(documents, positions, virtual)
+        if plan.own_prompts and not virtual:
+            assert positions is not None
+            positions = within_prompt(positions, plan.virtual_tokens, plan.shift)
+        elif virtual or plan.shift:
             arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
             tokens, positions, end, _ = arguments
         flex = cache is None and self._flexes(tokens)
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache, flex)
         rows = cache and cache.rows
         context.flow = self.flow(task_ids, record, rows, held - virtual, chance, texts)
+        if documents is not None and plan.own_prompts:
+            context.documents = self.spoken(documents)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             context = context.widened(plan.width)
@@ -118,6 +135,14 @@ class GPT(Transformer):
             return False
         drops = self.training and self.config.attention_dropout > 0
         return not drops and not any(key.endswith(".prefix") for key in self.plan.actions)
+
+    def _texts(self, documents: Tensor, positions: Tensor | None, ahead: int) -> Texts:
+        """What slots are told of packed rows or trees, before which `ahead` columns come."""
+        assert positions is not None, "packed rows say where in its text each token stands"
+        prompt = self.plan.virtual_tokens
+        place = F.pad(positions + prompt, (ahead, 0))
+        place[:, :ahead] = torch.arange(ahead, device=place.device)
+        return Texts.of(F.pad(documents, (ahead, 0)), place, prompt)
 
     def _run(self, start: Start) -> tuple[Tensor, Flow]:
         plan = self.plan

@@ -199,19 +199,28 @@ class RelativePosition(nn.Module):
         """Scores [B, heads, S, K] of distances [B, S, K], key minus query."""
         return self.weight[self.buckets(distance)].permute(0, 3, 1, 2)
 
-    def with_prefix(self, queries: int, keys: int, seen: Tensor, kind: str) -> Tensor:
-        """Scores [B, heads, S, P + K] where a prefix stands before the keys.
+    def with_prefix(
+        self, queries: int, keys: int, seen: Tensor, kind: str, place: Tensor | None = None
+    ) -> Tensor:
+        """Scores [B, heads, S, P + K] where a prefix stands before the keys, or before each text.
 
-        `seen` [B, P]: what of it there is; `kind`: the `distances` of a `Flow`.
+        `seen` [B, 1 or S, P]: what of it there is; `kind`: the `distances` of a `Flow`; `place`
+        [B, S]: of packed rows, which column of its text each query is.
         """
         there = nn.functional.pad(seen, (0, keys), value=True)
-        places = there.cumsum(1) - 1  # of what is there
+        places = there.cumsum(2) - 1  # of what is there
         query = torch.arange(keys - queries, keys, device=places.device)[:, None]
-        if kind != "keys":  # queries move back as keys do
-            query = query + seen.sum(1)[:, None, None]
-        scores = self.scores(places[:, None] - query)
+        moved = 0 if kind == "keys" else seen.sum(2, keepdim=True)  # queries too, as keys do
+        distance = places - query - moved
+        length = seen.shape[2]
+        if place is not None:  # the text before it begins later than its row
+            later = (query - place[..., None]).clamp(min=0)
+            own = distance[..., length:].expand(len(place), -1, -1)
+            distance = torch.cat([distance[..., :length] + later, own], 2)
+        scores = self.scores(distance)
         if kind == "none":
-            scores = scores.masked_fill(nn.functional.pad(torch.ones_like(seen[0]), (0, keys)), 0.0)
+            ahead = torch.ones(length, dtype=torch.bool, device=seen.device)
+            scores = scores.masked_fill(nn.functional.pad(ahead, (0, keys)), 0.0)
         return scores
 
     def buckets(self, distance: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class T5(Transformer):
             source_documents: [B, E] number of each source token's document, -1 for padding. None:
                 one document without padding.
             documents: [B, S] the source document that each target token is of, -1 for padding.
-                None: targets are of document 0.
+                None: targets are of document 0. With active prompts the first columns of each
+                source document are room for its own.
             task_ids, record, chance, score: as in `GPT.forward`.
 
         Returns:
@@ -129,15 +130,17 @@ class T5(Transformer):
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
         rows = cache.rows if cache is not None else None
         context.flow = self.flow(task_ids, record, rows, held, chance, self.texts(documents))
-        texts = None if documents is None else self.texts(source_documents)
-        context.source_flow = self.flow(task_ids, record, rows, -plan.virtual_tokens, chance, texts)
+        packed = documents is not None
+        ahead = self.columns_ahead(packed)
+        texts = self.texts(source_documents, plan.virtual_tokens) if packed else None
+        context.source_flow = self.flow(task_ids, record, rows, -ahead, chance, texts)
         if states is not None:
             if source_documents is not None:
                 if documents is None:
                     seen = (source_documents == 0)[:, None]
                 else:
                     seen = of_documents(documents, source_documents)
-                seen = F.pad(seen, (plan.virtual_tokens, 0), value=True)
+                seen = F.pad(seen, (ahead, 0), value=True)
                 context.states_mask = seen[:, None]
             if cache is not None:
                 cache.cross_mask = context.states_mask
@@ -196,18 +199,18 @@ class T5(Transformer):
         texts, which `documents` tells apart.
         """
         plan = self.plan
-        virtual = plan.virtual_tokens
+        virtual = self.columns_ahead(packed)
         source = F.pad(source, (virtual, 0))
         positions = torch.arange(source.shape[1], device=source.device)[None]
         if documents is not None and self.embedding.position_embeddings is not None:
             before = neighbours(documents)[0]  # each document has positions of its own
             positions = F.pad(before.masked_fill(before == FAR, 0) + virtual, (virtual, 0))
             positions[:, :virtual] = torch.arange(virtual, device=source.device)
-        texts = self.texts(documents, ahead=virtual) if packed else None
+        texts = self.texts(documents, plan.virtual_tokens) if packed else None
         flow = self.flow(task_ids, record, rows, -virtual, chance, texts)
         context = Context(positions, flow=flow)
         if documents is not None:
-            context.documents = documents
+            context.documents = self.spoken(documents) if packed else documents
             context.mask = same_document(documents, virtual)
         if self.encoder.relative_position is not None:
             context.relative = self.encoder.relative_position

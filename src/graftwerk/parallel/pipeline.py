@@ -262,8 +262,9 @@ class Pipeline:
         if isinstance(self.model, T5):
             return self._through_t5(self.model, given, select, received)
         model, run = self.model, self.run
-        packed = {"packed": inputs.get("spans") is not None} if isinstance(model, BERT) else {}
-        start = model.begin(**given, **packed)
+        if isinstance(model, BERT):
+            given["packed"] = model.is_packed(inputs)
+        start = model.begin(**given)
         x = model.embed(start) if run.enters else received[0]
         layers = model.decoder if isinstance(model, GPT) else model.encoder
         x, context = self._layers(layers, x, start.context)
@@ -282,7 +283,7 @@ class Pipeline:
         how = {key: given.get(key) for key in ("task_ids", "record", "chance")}
         if self.run.stack == "encoder":
             rows = None if cache is None else cache.rows
-            packed = given.get("documents") is not None
+            packed = model.is_packed(given)
             start = model.begin_source(source, documents, rows, packed, **how)
             x = model.embed(start) if self.run.enters else received[0]
             x, _ = self._layers(model.encoder, x, start.context)
@@ -322,11 +323,12 @@ class Pipeline:
             wide = plan.widen_at is not None and plan.widen_at < layer
             return batch * plan.width if wide else batch
 
+        ahead = self.model.columns_ahead(self.model.is_packed(inputs))
         if not isinstance(self.model, T5):
-            virtual = plan.virtual_tokens if cache is None or not cache.length else 0
+            virtual = ahead if cache is None or not cache.length else 0
             return [(rows(run.number), virtual + columns, config.hidden_size)]
         source = inputs.get("source")
-        read = 0 if source is None else plan.virtual_tokens + source.shape[1]
+        read = 0 if source is None else ahead + source.shape[1]
         if run.stack == "encoder":
             return [(rows(run.number), read, config.hidden_size)]
         states = (rows(config.num_layers), read, config.embedding_size or config.hidden_size)

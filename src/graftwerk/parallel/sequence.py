@@ -129,7 +129,7 @@ def _cut(neighbours: Neighbours, row: SequenceRow) -> Neighbours:
 def _own(flow: Flow, group: dist.ProcessGroup) -> Texts | None:
     """The texts of this rank's run of columns."""
     texts = flow.texts
-    return texts and texts.each(lambda x: own_columns(x, group, texts.padding))
+    return texts and texts.each(lambda x: own_columns(x, group, texts.beyond))
 
 
 def between_sublayers(slot: nn.Module) -> bool:

@@ -154,7 +154,7 @@ class Profile(Callback):
     def _count(self, module: LearningModule, micro: Batch) -> None:
         model: Any = module.model
         inputs, kind = micro.inputs(), model.config.architecture
-        work = Work.of(inputs, model.virtual_tokens)
+        work = Work.of(inputs, model.columns_ahead(model.is_packed(inputs)))
         useful = Work.useful(inputs, micro.num_tokens, kind)
         self.work = work if self.work is None else self.work + work
         self.useful = useful if self.useful is None else self.useful + useful

@@ -203,7 +203,7 @@ def test_scores_of_a_prefix_are_those_of_its_distances(kind, bidirectional):
     table = RelativePosition(CONFIGS["t5"], bidirectional)
     table.weight.copy_(torch.randn(table.weight.shape))
     seen = [[True, True, True], [False, False, True]]
-    got = table.with_prefix(4, 6, torch.tensor(seen), kind)
+    got = table.with_prefix(4, 6, torch.tensor(seen)[:, None], kind)
     expected = expected_scores(table, 4, 6, seen, kind)
     shown = torch.tensor(seen)[:, None, None].expand(-1, got.shape[1], 4, -1)
     shown = nn.functional.pad(shown, (0, 6), value=True)

@@ -13,7 +13,13 @@ from graftwerk.adapters import (
     Split,
     Stack,
 )
-from graftwerk.adapters.configs import BnConfig, HubLoRAConfig, PrefixTuningConfig, ReftConfig
+from graftwerk.adapters.configs import (
+    BnConfig,
+    HubLoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ReftConfig,
+)
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.packing import bound_to_rows, bound_to_texts
 from tests.graftwerk.adapters.test_matrix import METHODS
@@ -42,8 +48,7 @@ MORE = {
     "dora_plain": LoRAConfig(dim=3, target_modules=("mlp",), dora=True),
 }
 ALL = {name: m for name, m in {**METHODS, **MORE}.items() if name != "mtl_lora"}
-ALONE = ("prefix_gated",)
-LOOK_AHEAD = ("reft_end", "par_bn", "hub_lora", *ALONE)
+LOOK_AHEAD = ("reft_end", "par_bn", "hub_lora", "prefix_gated")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,16 +56,16 @@ LOOK_AHEAD = ("reft_end", "par_bn", "hub_lora", *ALONE)
 def test_a_method_learns_the_same_packed_and_shared_or_says_that_it_would_not(method, shape):
     model = adapted(shape, a=ALL[method])
     model.set_active("a")
-    assert (bound_to_rows(model) is not None) == (method in ALONE)
+    assert bound_to_rows(model) is None
     assert (bound_to_texts(model) is not None) == (method in LOOK_AHEAD)
     expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
-    for share, reason in ((False, bound_to_rows(model)), (True, bound_to_texts(model))):
-        found = learned(model, packed(TREE, 20, share, minimum=1)[TREE.step])
-        if reason is None:
+    assert_same(learned(model, packed(TREE, 20)[TREE.step]), expected)
+    found = learned(model, packed(TREE, 20, share=True, minimum=1)[TREE.step])
+    if bound_to_texts(model) is None:
+        assert_same(found, expected)
+    else:
+        with pytest.raises(AssertionError):
             assert_same(found, expected)
-        else:
-            with pytest.raises(AssertionError):
-                assert_same(found, expected)
 
 
 BOTTLENECKS = {"a": BottleneckConfig(dim=3), "b": BottleneckConfig(dim=5)}
@@ -92,6 +97,11 @@ GATED = {
     "a": BnConfig(mh_adapter=True, reduction_factor=8, use_gating=True),
     "b": BnConfig(reduction_factor=4, is_parallel=True, original_ln_before=True, use_gating=True),
     "c": HubLoRAConfig(places=("query", "fc2"), r=2, init_weights="bert", use_gating=True),
+    "d": PrefixTuningConfig(prefix_length=2, reparametrise=False, use_gating=True),
+    "e": PrefixTuningConfig(
+        prefix_length=3, reparametrise=False, use_gating=True, shared_gating=False
+    ),
+    "f": PrefixTuningConfig(prefix_length=2, reparametrise=False),
 }
 
 
@@ -102,6 +112,8 @@ GATED = {
         Split("a", "b", "c", splits=[2, 2, 1]),
         Split("a", Split("b", "c", splits=[4, 1]), splits=[2, 1]),
         Parallel(Average("a", "b"), "c"),
+        Stack("f", "d", "e", "a"),
+        Parallel("d", Stack("e", "f")),
     ],
     ids=str,
 )
@@ -114,6 +126,19 @@ def test_gates_are_means_over_each_text_or_its_piece(composition):
         assert_same(learned(model, packed(TREE, size)[TREE.step]), expected)
     with pytest.raises(AssertionError):
         assert_same(learned(model, packed(TREE, 20, True, minimum=1)[TREE.step]), expected)
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_beside_a_gate_each_text_has_a_prompt_of_its_own(shape, shifts):
+    prompt = PromptTuningConfig(virtual_tokens=3, shifts_positions=shifts)
+    model = adapted(shape, p=prompt, q=METHODS["ptuning"], r=ReftConfig(r=2, dropout=0.0), **GATED)
+    model.set_active(Stack("p", "q", "r", "a", "d", Split("a", "b", splits=[2, 2])))
+    expected = learned(model, padded(TREE, micro_batch_size=1)[TREE.step])
+    for size in (20, 64):
+        batches = packed(TREE, size, prompt=model.virtual_tokens)[TREE.step]
+        assert_same(learned(model, batches), expected)
+        assert sum(batch.num_tokens for batch in batches) == sum(len(r[0]) for r in TREE.rows)
 
 
 def test_a_split_behind_a_prompt_counts_the_tokens_of_each_text():

@@ -38,23 +38,33 @@ SHAPES = {
     "bert": replace(BERT_SHAPE, head="question_answering"),
 }
 LORA = LoRAConfig(dim=3, target_modules=("all",))
+PREFIX = PrefixTuningConfig(prefix_length=3, reparametrise=False)
+PROMPT = PromptTuningConfig(virtual_tokens=2)
 LORA_PLACES = ("query", "value", "cross_query", "cross_value", "fc2")
 METHODS = {
     "lora": {"a": LORA},
     "many": {"a": BottleneckConfig(dim=4), "b": IA3Config(), "c": ReftConfig(prefix_positions=2)},
     "parallel": {"a": LORA, "b": BottleneckConfig(dim=4)},
     "late": {"a": ReftConfig(suffix_positions=2)},
-    "prefix": {"a": PrefixTuningConfig(prefix_length=3, reparametrise=False)},
+    "prefix": {"a": PREFIX},
     "gates": {
         "a": BnConfig(mh_adapter=True, cross_adapter=True, reduction_factor=8, use_gating=True),
         "b": HubLoRAConfig(places=LORA_PLACES, r=2, init_weights="bert", use_gating=True),
     },
     "split": {"a": LORA, "b": BottleneckConfig(dim=4)},
+    "prefix_keys": {"a": replace(PREFIX, relative_positions="keys")},
+    "prefix_both": {"a": replace(PREFIX, relative_positions="both")},
+    "prompts": {"a": PROMPT, "b": replace(PROMPT, virtual_tokens=1), "c": ReftConfig(r=2)},
+    "all": {
+        "a": PROMPT,
+        "b": replace(PREFIX, use_gating=True, relative_positions="both"),
+        "c": BnConfig(mh_adapter=True, cross_adapter=True, reduction_factor=8, use_gating=True),
+    },
 }
+GATED = ("gates", "all")
 BLOCKS = {"parallel": Parallel, "split": partial(Split, splits=[3, 1])}
-# Prefixes of a relative T5 stand at distances, and a T5's padded targets end with padding,
-# which late positions then are of.
-OTHERWISE = [("t5", "prefix"), ("t5", "late"), ("native_t5", "late")]
+# A T5's padded targets end with padding, which late positions then are of.
+OTHERWISE = [("t5", "late"), ("native_t5", "late")]
 LENGTHS = [(3, 9), (5, 4), (2, 12), (4, 7), (1, 3), (6, 8), (3, 5)]  # of targets and sources
 
 
@@ -134,23 +144,9 @@ def test_packed_rows_learn_as_padded_ones(shape: str, methods: str):
     family = model.config.architecture
     rows = Rows(family)
     step, size = Step(list(range(len(rows))), 0), (10, 20) if family == "t5" else (20,)
-    packed = PackedBatches(rows, 0, 1, 2, room=size, family=family)[step]
+    how = {"family": family, "prompt": model.virtual_tokens}
+    packed = PackedBatches(rows, 0, 1, 2, room=size, **how)[step]
     assert len(packed) < len(rows) // 2
     # A gate of padded rows is a mean over padding too.
-    padded = PaddedBatches(rows, 0, 1, 1 if methods == "gates" else 3)[step]
+    padded = PaddedBatches(rows, 0, 1, 1 if methods in GATED else 3)[step]
     assert_same(learned(model, packed), learned(model, padded))
-
-
-def test_what_reads_its_row_or_stands_at_a_distance_is_bound_to_rows():
-    def bound(shape, method):
-        model = build_model(SHAPES[shape])
-        model.add_adapter("a", method)
-        model.set_active("a")
-        return bound_to_rows(model)
-
-    prompt = PromptTuningConfig(virtual_tokens=2)
-    prefix = PrefixTuningConfig(prefix_length=2, reparametrise=False)
-    assert bound("t5", prompt) == "prompts of a t5 read the row behind them"
-    assert bound("bert", prompt) == "prompts of a bert read the row behind them"
-    assert bound("t5", prefix) == "adapter 'a' puts a prefix at a distance before the row"
-    assert bound("bert", prefix) is None

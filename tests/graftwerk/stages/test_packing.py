@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from graftwerk.adapters import BatchSplit, LoRAConfig, ReftConfig
+from graftwerk.adapters import (
+    BatchSplit,
+    HubLoRAConfig,
+    LoRAConfig,
+    PromptTuningConfig,
+    ReftConfig,
+    Stack,
+)
 from graftwerk.checkpoints.adapter import read_adapters
 from graftwerk.data.datamodule import AnswerDataModule
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.stages import learning
 from graftwerk.training.learner import open_base, tokenizer_of
 from tests.graftwerk.learning_stage import WORDS, base, cfg, elsewhere, read_metrics, rows
@@ -52,7 +59,7 @@ def run(cfg, folder, **data):
     """The metrics and the adapter of a run with these keys of `model.data`."""
     other = elsewhere(cfg, folder)
     other.model.data.update(data)
-    assert learning.run("adapter_learning", other) == learning.DONE
+    assert learning.run("adapter_learning", other) == Exit.DONE
     adapter = read_adapters(other.model.nemo_path).adapters[0].state
     summary = json.loads((Path(other.exp_manager.explicit_log_dir) / "summary.json").read_text())
     return read_metrics(other), adapter, summary
@@ -160,6 +167,14 @@ def test_what_needs_a_text_a_row_gets_padded_rows_and_the_log_says_so(paragraphs
         assert all((a.tokens == b.tokens).all() for a, b in zip(step, other, strict=True))
 
 
+def test_beside_a_gate_texts_have_room_for_prompts_of_their_own(paragraphs):
+    module = module_of(paragraphs, packed_sequence_size=64)
+    prompt, gated = PromptTuningConfig(virtual_tokens=2), HubLoRAConfig(use_gating=True)
+    module.arrange(with_adapters(Stack("p", "g"), p=prompt, g=gated))
+    for step in module.train_dataloader():
+        assert all(int((batch.positions < 0).sum()) == 2 * batch.num_rows for batch in step)
+
+
 def test_rows_that_cannot_be_packed_must_fill_micro_batches(paragraphs):
     paragraphs.model.global_batch_size, paragraphs.model.micro_batch_size = 7, 2
     module = module_of(paragraphs, packed_sequence_size=64)
@@ -214,7 +229,7 @@ def learned_by_layouts(cfg, folder):
     layouts = ("data", "tensor", "sequence", "pipeline")
     runs = [as_layout(at(cfg, folder / name), name) for name in layouts]
     run_on(2, [("peft", config) for config in runs])
-    assert learning.run("peft", alone) == learning.DONE
+    assert learning.run("peft", alone) == Exit.DONE
     for config in runs:
         assert columns(config) == [pytest.approx(row, rel=1e-4) for row in columns(alone)]
     return alone, runs
@@ -230,7 +245,7 @@ def test_a_packed_run_of_another_family_is_the_padded_one(family, peft, tmp_path
     padded, packed = at(made, tmp_path / "padded"), at(made, tmp_path / "packed")
     packed.model.data.packed_sequence_size = 48
     for config in (padded, packed):
-        assert learning.run("peft", config) == learning.DONE
+        assert learning.run("peft", config) == Exit.DONE
     assert columns(packed) == [pytest.approx(row, rel=1e-4) for row in columns(padded)]
     assert_alike(moving(packed), moving(padded), 1e-3)
 

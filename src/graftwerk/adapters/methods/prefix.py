@@ -16,6 +16,7 @@ from graftwerk.adapters.methods.activations import ACTIVATIONS, check_activation
 from graftwerk.adapters.methods.gate import Gate, note_gate
 from graftwerk.adapters.part import Layout, MethodSettings, Part, PartLinear, share_parameters
 from graftwerk.adapters.slots import Site, SlotCall
+from graftwerk.adapters.texts import Texts
 from graftwerk.errors import UserError
 
 KEY = "model.peft.prefix_tuning."
@@ -147,17 +148,34 @@ class Prefix(Part):
     def forward(self, call: SlotCall) -> Tensor:
         rows = self.made().to(call.output.dtype)
         rows = self.dropout(rows.expand(call.output.shape[0], -1, -1), call.flow, first=0)
+        if self.gate is not None and call.flow.texts is not None:
+            return self._of_each_text(call, rows, call.flow.texts)
         if self.gate is not None:
             rows = rows * self._factors(call)
         if call.seen is not None:
             call.seen = F.pad(call.seen, (rows.shape[1], 0), value=True)
         return torch.cat([rows, call.output], 1)
 
+    def _of_each_text(self, call: SlotCall, rows: Tensor, texts: Texts) -> Tensor:
+        """Rows for each text of packed rows, by its own gate; no other text sees them."""
+        own = texts.members()
+        first = own.int().argmax(1)[..., None]  # a column of each text: they have one gate
+        factors = self._factors(call)
+        factors = factors.gather(1, first.expand(-1, -1, factors.shape[2]))
+        each = (rows[:, None] * factors[:, :, None]).flatten(1, 2)
+        seen = own.repeat_interleave(rows.shape[1], 2)
+        others = call.output.shape[1]
+        if others:
+            before = seen.new_ones(1, 1, 1) if call.seen is None else call.seen
+            seen = torch.cat([seen, before.expand(*seen.shape[:2], others)], 2)
+        call.seen = seen
+        return torch.cat([each, call.output], 1)
+
     def _factors(self, call: SlotCall) -> Tensor:
-        """The gates of keys and of values, [B, 1, 2 kv]."""
+        """The gates of keys and of values, [B, 1 or S, 2 kv]."""
         assert self.gate is not None
         assert call.input is not None, "a gate reads what comes in"
-        gate = self.gate(call.input)
+        gate = self.gate(call.input, call.flow.texts)
         note_gate(self, call, self.place_name, gate)
         size = call.output.shape[-1]
         keys_and_values = gate.expand(-1, -1, 2) if gate.shape[-1] == 1 else gate

@@ -130,7 +130,7 @@ def _check_prompt(count: int, std: float, place: str) -> None:
 
 
 class Prompt(Part):
-    """Fills its virtual columns, from the call's `start` on, with `vectors()` [v, h]."""
+    """Fills its virtual columns, from a row's or a text's `start` on, with `vectors()` [v, h]."""
 
     unsuited: ClassVar[dict[str, str]] = {"Split": "a prompt stands before all tokens of a row"}
 
@@ -139,9 +139,14 @@ class Prompt(Part):
         raise NotImplementedError
 
     def forward(self, call: SlotCall) -> Tensor:
-        if not call.virtual:
+        texts = call.flow.texts
+        if texts is None and not call.virtual:
             return call.output
         vectors = self.vectors().to(call.output.dtype)
+        if texts is not None:  # each may have columns of its own
+            place = (texts.place - call.start)[..., None]
+            own = vectors[place.squeeze(-1).clamp(0, len(vectors) - 1)]
+            return torch.where((place >= 0) & (place < len(vectors)), own, call.output)
         rows = vectors.expand(call.output.shape[0], -1, -1)
         end = call.start + vectors.shape[0]
         return torch.cat([call.output[:, : call.start], rows, call.output[:, end:]], 1)
