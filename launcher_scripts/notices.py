@@ -54,6 +54,7 @@ FOREIGN_KEYS = {
         ("activations_checkpoint_method", "activations_checkpoint_num_layers"),
         "ours is model.activations_checkpoint_granularity alone: full recomputes every layer",
     ),
+    "torch_compile": "ours is model.compile",
     "gradient_checkpointing": "ours is model.activations_checkpoint_granularity: full",
     "max_seq_length": "ours is model.encoder_seq_length",
     "output_dir": "ours is run.results_dir",

@@ -49,7 +49,7 @@ EnvName = Annotated[str, Form(r"[A-Za-z_]\w*", "the name of an environment varia
 EndString = Annotated[str, Form(r"(?s).+", "text that is not empty")]
 Monitor = Literal["val_loss", "train_loss"]
 NoPrompt = Literal["no-prompts"]
-Precision = Literal["bf16", "bf16-mixed", "bf16-true", 32, "32", "32-true"]
+Precision = Literal["bf16", "bf16-mixed", "bf16-true", 32, "32", "32-true", "auto"]
 Scheduler = Literal[
     "CosineAnnealing",
     "WarmupAnnealing",
@@ -424,6 +424,7 @@ class Layout:
     sequence_parallel: bool = False
     use_fsdp: bool = False
     activations_checkpoint_granularity: Literal["selective", "full"] | None = None
+    compile: Literal["auto"] | bool = "auto"
     model_parallel_size: Positive | None = field(default=None, metadata=INERT)
     gradient_as_bucket_view: bool = field(default=False, metadata=INERT)
 

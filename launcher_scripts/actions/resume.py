@@ -31,6 +31,7 @@ FREE = (
     "model.sequence_parallel",
     "model.use_fsdp",
     "model.activations_checkpoint_granularity",
+    "model.compile",
     "model.micro_batch_size",
 )
 NOTHING = object()

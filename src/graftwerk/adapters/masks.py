@@ -88,7 +88,7 @@ class Dropout(nn.Dropout):
         super().__init__(p)
         self.key, self.of = key, of
         self._numbers: Tensor | None = None  # of the features, where others lie elsewhere
-        self._features: tuple[tuple[str, int, torch.device], Tensor] | None = None
+        self._features: Tensor | None = None
 
     def share(self, site: "Site", cut: Callable[[Tensor, int], Tensor]) -> None:
         """Lets it know which features it sees; `cut(numbers, blocks)` gives this rank's."""
@@ -96,6 +96,16 @@ class Dropout(nn.Dropout):
             self._numbers = cut(torch.arange(site.in_features), 1)
         elif self.of == "output" and site.split == "column":
             self._numbers = cut(torch.arange(site.out_features), site.blocks)
+        self._features = None
+
+    def rename(self, key: str) -> None:
+        """Makes its masks those of another key."""
+        self.key, self._features = key, None
+
+    @property
+    def lacks_hashes(self) -> bool:
+        """Whether its next pass makes what the later ones draw from."""
+        return self.training and self.p not in (0.0, 1.0) and self._features is None
 
     def forward(
         self, input: Tensor, flow: "Flow | None" = None, first: int | None = None
@@ -114,12 +124,11 @@ class Dropout(nn.Dropout):
 
     def _hashes(self, count: int, device: torch.device) -> Tensor:
         """Of each feature, [F] int32: the same in all passes."""
-        made_for = self.key, count, device
-        if self._features is None or self._features[0] != made_for:
+        made = self._features
+        if made is None or made.shape[0] != count or made.device != device:
             numbers = torch.arange(count) if self._numbers is None else self._numbers
-            made = narrow(hashed(crc32(self.key.encode()), numbers.to(device)))
-            self._features = made_for, made
-        return self._features[1]
+            made = self._features = narrow(hashed(crc32(self.key.encode()), numbers.to(device)))
+        return made
 
 
 def dropouts(module: nn.Module) -> list[tuple[str, Dropout]]:
@@ -130,4 +139,4 @@ def dropouts(module: nn.Module) -> list[tuple[str, Dropout]]:
 def name_dropouts(module: nn.Module, key: str) -> None:
     """Tells the dropouts in a module from each other and from those elsewhere, by its key."""
     for path, dropout in dropouts(module):
-        dropout.key = f"{key}.{path}"
+        dropout.rename(f"{key}.{path}")

@@ -342,7 +342,8 @@ class Slot(AdapterSlotMixin, nn.Module):
 
     `adapter_layer` holds the parts by adapter name, `fusion_layer` the fusions by theirs. `key`
     tells the slots of a model apart. What a slot does comes with each pass, as the `Flow` that the
-    model makes of its composition; `active` is what the model's own composition comes to.
+    model makes of its composition, under the name that the slot `asks` for: its key, or within a
+    compiled layer its place. `active` is what the model's own composition comes to.
     """
 
     adapter_layer: nn.ModuleDict
@@ -350,7 +351,7 @@ class Slot(AdapterSlotMixin, nn.Module):
     def __init__(self, site: Site):
         super().__init__()
         self.site = site
-        self.key = f"{site.stack}.{site.layer}.{site.name}"
+        self.key = self.asks = f"{site.stack}.{site.layer}.{site.name}"
         self.adapter_layer = nn.ModuleDict()
         self.fusion_layer = nn.ModuleDict()
         self.active: Action | None = None
@@ -364,7 +365,7 @@ class Slot(AdapterSlotMixin, nn.Module):
         positions: Tensor | None = None,
         virtual: int = 0,
     ) -> Tensor:
-        action = flow.actions.get(self.key)
+        action = flow.actions.get(self.asks)
         if action is None:
             return output
         call = SlotCall(output, flow, input, bias=bias, positions=positions, virtual=virtual)
@@ -389,7 +390,7 @@ class JoinSlot(Slot):
         positions: Tensor | None = None,
     ) -> Tensor:
         """`norm(residual + dropout(output))`, with what is active in between."""
-        action = flow.actions.get(self.key)
+        action = flow.actions.get(self.asks)
         if action is None:
             x = residual + dropout(output, flow)
             return x if norm is None else norm(x)
@@ -410,7 +411,7 @@ class LayerSlot(Slot):
         neighbours: Callable[[int], tuple[Tensor, Tensor]],
     ) -> Tensor:
         """`neighbours`: of a number of columns, `before` and `behind` of a `SlotCall`."""
-        action = flow.actions.get(self.key)
+        action = flow.actions.get(self.asks)
         if action is None:
             return output
         before, behind = neighbours(output.shape[1])
@@ -426,7 +427,7 @@ class PrefixSlot(Slot):
 
         `like` [B, 0, 2 kv]; `input` [B, S, h]: what goes into the attention.
         """
-        action = flow.actions.get(self.key)
+        action = flow.actions.get(self.asks)
         if action is None:
             return None
         call = SlotCall(like, flow, input)

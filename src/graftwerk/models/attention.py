@@ -89,7 +89,7 @@ class Attention(nn.Module):
         flow = context.flow
         placed = context.relative is None or self.prefix.site.layer not in flow.unplaced
         mask, causal = context.seen(self.windowed) if placed else (context.mask, context.causal)
-        if self.prefix.key in flow.actions:
+        if self.prefix.asks in flow.actions:
             relative = context.relative if placed else None
             key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal, relative)
             causal = False
@@ -188,7 +188,7 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """As in `Attention`, over the keys and values of encoder states."""
         flow, mask = context.flow, context.states_mask
-        if self.prefix.key in flow.actions:
+        if self.prefix.asks in flow.actions:
             key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal=False)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),

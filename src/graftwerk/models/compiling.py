@@ -1,26 +1,33 @@
 """Whether torch's compiler can make kernels here."""
 
-import os
-import shutil
 from functools import cache
-from importlib.util import find_spec
 
 import torch
+
+GRAPHS = 64
+
+
+def allow_graphs() -> None:
+    """Lets torch make `GRAPHS` graphs of one function; beyond its 8 it silently compiles no more.
+
+    With gradients and without, for layers with a window, for each composition there is one.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
 
 @cache
 def why_not_compiled(kind: str) -> str | None:
-    """Why `torch.compile` makes no kernels for a kind of device (`cpu`, `cuda`); None: it does."""
-    own = os.environ.get("CXX" if kind == "cpu" else "CC")
-    names = ("c++", "g++", "clang++") if kind == "cpu" else ("cc", "gcc", "clang")
-    if not any(shutil.which(name) for name in (own, *names) if name):
-        return f"no {'C++' if kind == 'cpu' else 'C'} compiler ({', '.join(names)}) is on PATH"
-    if kind == "cpu":
-        return None
-    if kind != "cuda":
-        return f"kernels are not made for {kind}"
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    if torch.cuda.get_device_capability() < (7, 0):
-        return "the GPU is older than Triton's kernels (compute capability 7.0)"
+    """Why `torch.compile` makes no kernels for a kind of device (`cpu`, `cuda`); None: it does.
+
+    It is tried: Triton, a C compiler, Python's headers and a driver have to fit together.
+    """
+
+    @torch.compile
+    def tried(x: torch.Tensor) -> torch.Tensor:
+        return x.exp() + 1
+
+    try:
+        tried(torch.ones(64, device=kind))
+    except Exception as error:  # whatever it is, the same is done without kernels
+        return f"torch.compile fails here ({' '.join(str(error).split())[:200]})"
     return None

@@ -101,6 +101,7 @@ MODEL: Rules = {
         "pipeline_model_parallel_split_rank",
         "sequence_parallel",
         "activations_checkpoint_granularity",
+        "compile",
     ),
     "virtual_pipeline_model_parallel_size": (None,),
     "save_nemo_on_validation_end": (False,),

@@ -42,7 +42,7 @@ class MegatronSFTModel(pl.LightningModule):
         self.cfg = cfg
         self.base = base
         self.tokenizer = base.tokenizer()
-        self.precision = precision_of(trainer.config.trainer)
+        self.precision = precision_of(trainer.config.trainer, trainer.run_device)
         self.quantize = "nf4" if "qlora" in schemes(cfg.get("peft") or {}) else None
         self.mesh = trainer.world.mesh(cfg, trainer.run_device)
         self.laid_out = False  # the stages of a pipeline have parted

@@ -93,7 +93,7 @@ def _run(cfg: DictConfig, world: World) -> int:
             f"model.data.test_ds, such as id {unknown[0]!r}"
         )
     device = device_of(cfg.trainer, world)
-    dtype = precision_of(cfg.trainer)
+    dtype = precision_of(cfg.trainer, device)
     mesh = world.mesh(model_cfg, device)
     first = world.rank == 0
     model = base.load(dtype, device, model_cfg.seed, mesh=mesh)

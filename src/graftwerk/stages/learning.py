@@ -25,7 +25,9 @@ from graftwerk.checkpoints.shards import check_space
 from graftwerk.data.datamodule import AnswerDataModule
 from graftwerk.data.jsonl import write_json
 from graftwerk.errors import Exit, UserError
+from graftwerk.models import GPT
 from graftwerk.parallel import fsdp
+from graftwerk.parallel.compiled import compile_layers, compiles
 from graftwerk.parallel.mesh import Mesh
 from graftwerk.parallel.placement import Placement
 from graftwerk.parallel.recompute import recompute
@@ -87,6 +89,7 @@ def run(stage: str, cfg: DictConfig) -> int:
 def _run(stage: str, cfg: DictConfig, world: World) -> int:
     check(stage, cfg, world)
     device = device_of(cfg.trainer, world)
+    compiles(cfg.model, device)  # says what is wrong before anything is read
     mesh = world.mesh(cfg.model, device)
     base = open_base(stage, cfg.model)
     tokenizer = tokenizer_of(cfg.model, base)
@@ -267,6 +270,11 @@ def assemble(
     """Module, trainer and the callbacks that keep checkpoints."""
     sched = cfg.model.optim.get("sched") or {}
     optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
+    if compiles(cfg.model, device):
+        compile_layers(learner.model, strict=cfg.model.get("compile") is True)
+        world.say("layers are compiled: first steps take longer than later ones")
+    if cfg.model.get("compile") is False and isinstance(learner.model, GPT):
+        learner.model.attention = "sdpa"
     recompute(learner.model, cfg.model.get("activations_checkpoint_granularity"))
     if cfg.model.get("use_fsdp") and mesh is not None:
         fsdp.shard_base(learner.model, mesh, device)

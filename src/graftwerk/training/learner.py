@@ -120,7 +120,7 @@ def build_learner(
     configuration says, where the caller has looked already. On a `mesh` the model holds what this
     process has of the base, and whole adapters, of which `Placement` keeps a stage's.
     """
-    dtype, model_cfg = precision_of(cfg.trainer), cfg.model
+    dtype, model_cfg = precision_of(cfg.trainer, device), cfg.model
     goal = Goal.of(model_cfg, stage) if goal is None else goal
     mixed = dtype == torch.bfloat16
     if base is None:

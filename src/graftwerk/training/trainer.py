@@ -78,9 +78,11 @@ class Steps:
         return cls(per_epoch, min(bounds) if bounds else None)
 
 
-def precision_of(trainer: DictConfig) -> torch.dtype:
-    """The type of `trainer.precision`: bfloat16 or float32."""
+def precision_of(trainer: DictConfig, device: torch.device) -> torch.dtype:
+    """The type of `trainer.precision`: bfloat16 or float32; `auto`: which the device prefers."""
     name = str(trainer.get("precision", 32))
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     if name.startswith("16"):
         raise UserError(
             f"trainer.precision={name}: float16 is not supported, its gradients would have to be "
@@ -88,9 +90,17 @@ def precision_of(trainer: DictConfig) -> torch.dtype:
         )
     if name not in PRECISIONS:
         raise UserError(
-            f"trainer.precision={name!r} is not known: use one of {', '.join(PRECISIONS)}"
+            f"trainer.precision={name!r} is not known: use one of {', '.join(PRECISIONS)}, auto"
         )
     return PRECISIONS[name]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16; others are slower by it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AVX-512 BF16, which every CPU with AMX has too. Torch has no public word for it.
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def device_of(trainer: DictConfig, world: World) -> torch.device:
@@ -115,7 +125,7 @@ def device_of(trainer: DictConfig, world: World) -> torch.device:
 
 def check_trainer(trainer: DictConfig, exp_manager: DictConfig) -> None:
     """Raises a UserError for what can be known wrong before anything is read."""
-    precision_of(trainer)
+    precision_of(trainer, torch.device("cpu"))
     if trainer.get("logger"):
         raise UserError(
             "trainer.logger must be False: exp_manager makes the loggers "

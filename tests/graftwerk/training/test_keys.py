@@ -11,6 +11,7 @@ from graftwerk.checkpoints.adapter import read_adapter
 from graftwerk.errors import UserError
 from graftwerk.stages import learning
 from graftwerk.training.module import LearningModule
+from graftwerk.training.trainer import precision_of
 from tests.graftwerk.learning_stage import elsewhere, read_metrics, write_rows
 
 Weights = dict[str, torch.Tensor]
@@ -180,6 +181,29 @@ def test_key_precision_holds_the_base_in_bfloat16_and_the_adapter_in_float32(cfg
     weights = run(cfg)
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
     assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+def test_losses_in_bfloat16_are_near_those_of_float32(cfg):
+    cfg.trainer.max_epochs = 2
+    losses = []
+    for precision in ("32", "bf16"):
+        one = elsewhere(cfg, Path(cfg.run.results_dir) / precision)
+        one.trainer.precision = precision
+        run(one)
+        found = [float(row["train_loss"]) for row in read_metrics(one) if row["train_loss"]]
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+    assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize(("able", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_key_precision_auto_is_bfloat16_where_the_device_multiplies_it(
+    cfg, able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("graftwerk.training.trainer.multiplies_bfloat16", lambda device: able)
+    cfg.trainer.precision = "auto"
+    assert precision_of(cfg.trainer, torch.device("cpu")) == dtype
 
 
 def test_half_precision_is_refused(cfg):

@@ -80,3 +80,10 @@ def test_fused_adam_is_the_fused_kernel(parameters):
 def test_wrong_optimizers_are_named(optim, message, parameters):
     with pytest.raises(UserError, match=message):
         build_optimizer(optim, parameters)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_one_kernel_updates_all_parameters_where_torch_has_it(name, parameters):
+    assert build_optimizer({"name": name}, parameters).defaults["fused"]
+    elsewhere = Parameter(torch.empty(2, 2, device="meta"))
+    assert not build_optimizer({"name": name}, [*parameters, elsewhere]).defaults["fused"]
