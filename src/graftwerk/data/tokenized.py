@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,7 @@ def _in_processes(
     """A process for each part. Of several parts with an error the first's counts."""
     # Not forked: this process may have threads, of the tokenizer and of the devices.
     context = multiprocessing.get_context("spawn")
-    processes: list[multiprocessing.process.BaseProcess] = []
+    processes: list[BaseProcess] = []
     running: dict[Connection, int] = {}
     outcomes: dict[int, RowReport | Exception] = {}
     try:

@@ -58,17 +58,21 @@ def _sorted(rows: Sequence[np.ndarray]) -> np.ndarray:
 
     Where all are more than should be copied, what begins with the same token is sorted apart.
     """
+
+    def row(number: np.integer) -> np.ndarray:
+        return rows[int(number)]
+
     found, waiting = [], [(np.arange(len(rows)), 0)]
     while waiting:
         numbers, depth = waiting.pop()
-        if sum(len(rows[n]) - depth for n in numbers) <= TOKENS_AT_ONCE or len(numbers) == 1:
+        if sum(len(row(n)) - depth for n in numbers) <= TOKENS_AT_ONCE or len(numbers) == 1:
             # Bytes are compared at once, and keep beginnings together in whatever order they are.
-            keys = [rows[n][depth:].tobytes() for n in numbers]
+            keys = [row(n)[depth:].tobytes() for n in numbers]
             found.append(numbers[sorted(range(len(keys)), key=keys.__getitem__)])
             continue
-        first = rows[numbers[0]]
-        depth = min(_alike(first, rows[n]) for n in numbers)  # all begin with so many alike
-        next_tokens = (rows[n][depth] if len(rows[n]) > depth else -1 for n in numbers)
+        first = row(numbers[0])
+        depth = min(_alike(first, row(n)) for n in numbers)  # all begin with so many alike
+        next_tokens = (row(n)[depth] if len(row(n)) > depth else -1 for n in numbers)
         begins = np.fromiter(next_tokens, np.int64, len(numbers))
         order = np.argsort(begins, kind="stable")
         edges = np.flatnonzero(np.diff(begins[order], prepend=-2)).tolist()
