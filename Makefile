@@ -30,8 +30,10 @@ methods: venv
 	$(IN_VENV) python3 benchmarks/methods.py build/methods $(ARGS)
 
 # ARGS="tests/graftwerk/generation -k eos" narrows it. As many processes as processors, one thread
-# each: the models are too small for more. A file's tests stay together, with what they share.
-PYTEST = $(IN_VENV) OMP_NUM_THREADS=1 python3 -m pytest --numprocesses=logical --dist=loadfile
+# each: the models are too small for more. A file's tests stay together, with what they share; which
+# file begins is said in tests/conftest.py.
+PYTEST = $(IN_VENV) OMP_NUM_THREADS=1 python3 -m pytest --numprocesses=logical --dist=loadfile \
+	--no-loadscope-reorder
 
 test: dev
 	$(PYTEST) -m "not long" $(ARGS)

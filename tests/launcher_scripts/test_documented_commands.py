@@ -30,6 +30,7 @@ BASES = {
     "t5": "t5_220m/convert_nemo/results/megatron_t5.nemo",
 }
 COLOURS = ["red", "blue", "green", "grey"]
+FAMILIES = ["gpt3", pytest.param("t5", marks=pytest.mark.long)]
 MARK = "0123456789abcdef0123456789abcdef"  # the name that NeMo gives artifacts
 
 
@@ -165,7 +166,7 @@ def learn(mount) -> Callable[[str, str], Path]:
     return once
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_documented_command_leaves_its_adapter_at_the_documented_place(
     mount, learn, family, stage
@@ -179,7 +180,7 @@ def test_each_documented_command_leaves_its_adapter_at_the_documented_place(
     assert summary["base"] == str(mount / "results" / BASES[family])
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_eval_scores_the_base_and_the_adapters_that_the_commands_left(mount, learn, family):
     for stage in STAGES:
         learn(family, stage)
@@ -193,6 +194,7 @@ def test_eval_scores_the_base_and_the_adapters_that_the_commands_left(mount, lea
     assert all(0 <= result["f1"] <= 100 for result in results)
 
 
+@pytest.mark.long
 def test_data_prep_learning_and_eval_of_a_bert_that_marks_answers(mount):
     words = ["ball", "colour", "is", "the", "which", "?", *COLOURS]
     tokenizer = bert_tokenizer(words)

@@ -29,8 +29,7 @@ print(f"{stage} done", flush=True)
 
 
 NONE = pytest.param(False, id="no-accounts")
-KEPT = pytest.param(True, id="accounts")
-KEPT_LONG = pytest.param(True, id="accounts", marks=pytest.mark.long)
+KEPT = pytest.param(True, id="accounts", marks=pytest.mark.long)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def rows(table: str) -> dict[str, list[str]]:
     return {line[0]: line[1:] for line in cells if line and line[0] in (PREP, LEARN, EVAL)}
 
 
-@pytest.mark.parametrize("slurm", [NONE, KEPT_LONG], indirect=True)
+@pytest.mark.parametrize("slurm", [NONE, KEPT], indirect=True)
 def test_status_logs_cancel_and_resume_of_a_chain(launched, call, slurm):
     table = rows(call("action=status")[1])
     jobs = [launched.state(stage)["job_id"] for stage in (PREP, LEARN, EVAL)]

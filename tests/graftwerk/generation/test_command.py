@@ -1,7 +1,5 @@
 """`python3 -m graftwerk generate` as it is typed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,25 +7,23 @@ import torch
 
 from graftwerk.adapters import IA3Config
 from graftwerk.checkpoints import load_base, load_tokenizer, save_adapter, save_base
-from graftwerk.errors import UserError
+from graftwerk.errors import Exit, UserError
 from graftwerk.generation import Sampling, complete, generate
 from graftwerk.generation.command import FLAGS, main
 from graftwerk.models import T5, TransformerConfig
-from tests.conftest import ROOT
 from tests.graftwerk.learning_stage import WORDS, base  # noqa: F401
+from tests.graftwerk.ranks import Rank
 from tests.graftwerk.tiny import shake
 
 PROMPT = " ".join(WORDS[:3])
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "graftwerk", "generate", *map(str, arguments)],
-        cwd=ROOT / "src",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def command(folder: Path, *arguments: str | Path) -> Rank:
+    """The command in a process of its own, to its end, with what it said in a folder."""
+    folder.mkdir(exist_ok=True)
+    process = Rank(0, folder, {}, None, ["generate", *map(str, arguments)])
+    process.wait()
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +67,17 @@ def text_of(path: Path, sampling: Sampling, end: bool = False) -> str:
     return str(tokenizer.decode(row.tokens, skip_special_tokens=True)).strip()
 
 
-def test_it_prints_what_the_model_adds_with_and_without_an_adapter(models: Path):
+def test_it_prints_what_the_model_adds_with_and_without_an_adapter(models: Path, tmp_path: Path):
     gpt, tokenizer = load_base(models / "base"), load_tokenizer(models / "base")
     prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
     (added,) = generate(gpt, [prompt], 4, eos_ids=[tokenizer.eos_token_id])
     given = ("--model", models / "base", "--prompt", PROMPT, "--max-new-tokens", "4")
-    plain = command(*given)
-    assert plain.returncode == 0, plain.stderr
-    assert plain.stdout.strip() == str(tokenizer.decode(added, skip_special_tokens=True)).strip()
-    adapted = command(*given, "--adapter", models / "ia3.nemo")
-    assert adapted.returncode == 0, adapted.stderr
-    assert adapted.stdout != plain.stdout
+    plain = command(tmp_path / "plain", *given)
+    assert plain.wait() == 0, plain.complained
+    assert plain.said.strip() == str(tokenizer.decode(added, skip_special_tokens=True)).strip()
+    adapted = command(tmp_path / "adapted", *given, "--adapter", models / "ia3.nemo")
+    assert adapted.wait() == 0, adapted.complained
+    assert adapted.said != plain.said
 
 
 @pytest.mark.parametrize(
@@ -134,11 +130,11 @@ def test_logprobs_are_printed_below_the_text(models: Path, capsys):
     assert all(float(row.split()[0]) < 0 for row in rows)
 
 
-def test_the_help_names_every_option():
-    run = command("--help")
-    assert run.returncode == 0
+def test_the_help_names_every_option(tmp_path: Path):
+    run = command(tmp_path, "--help")
+    assert run.wait() == 0
     for flag in (*FLAGS.values(), "--model", "--revision", "--adapter", "--prompt"):
-        assert f"\n  {flag}" in run.stdout, flag
+        assert f"\n  {flag}" in run.said, flag
 
 
 @pytest.mark.parametrize(
@@ -167,9 +163,9 @@ def test_wrong_input_is_one_line_that_names_the_option(change, message, base):  
     assert "\n" not in str(raised.value)
 
 
-def test_wrong_input_exits_with_2_and_prints_nothing_else(base: Path):  # noqa: F811
-    run = command("--model", base, "--prompt", PROMPT, "--top-p", "x")
-    assert run.returncode == 2
-    assert "argument --top-p: invalid float value: 'x'" in run.stderr
-    assert run.stderr.count("\n") == 1
-    assert not run.stdout
+def test_wrong_input_exits_with_2_and_prints_nothing_else(base: Path, tmp_path: Path):  # noqa: F811
+    run = command(tmp_path, "--model", base, "--prompt", PROMPT, "--top-p", "x")
+    assert run.wait() == Exit.WRONG_INPUT
+    assert "argument --top-p: invalid float value: 'x'" in run.complained
+    assert run.complained.count("\n") == 1
+    assert not run.said
