@@ -1,9 +1,8 @@
 """docs/quickstart_python.md, run as it stands: training in one process, prediction in another."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,30 @@ import pytest
 
 from graftwerk.checkpoints import read_adapters
 from graftwerk.checkpoints.resume import read_checkpoint
-from tests.graftwerk.learning_stage import ROOT, environment
+from tests.graftwerk.learning_stage import ROOT
 from tests.graftwerk.nemo.small import write_base, write_rows
+from tests.graftwerk.ranks import on_processes
 
 PAGE = ROOT / "docs" / "quickstart_python.md"
 CLASSES = {"gpt": "MegatronGPTSFTModel", "t5": "MegatronT5SFTModel"}
-# Runs one of the page's files in each folder and keeps what it has predicted, and with what base.
-DRIVER = """
-import json, os, sys
-script, *folders = sys.argv[1:]
-for folder in folders:
-    os.chdir(folder)
-    made = {"__name__": "__main__"}
-    exec(compile(open(script).read(), script, "exec"), made)
-    made["model"].model.set_active(None)
-    kept = {
-        "predictions": made["predictions"],
-        "base": made["trainer"].predict(made["model"]),
-        "steps": made["trainer"].global_step,
-        "frozen": not any(p.requires_grad for p in made["model"].parameters()),
-    }
-    json.dump(kept, open(script + ".json", "w"))
-"""
+
+
+def drive(rank: int, script: str, folders: list[Path]) -> None:
+    """Runs one of the page's files in each folder and keeps what it has predicted, and with what
+    base."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for folder in folders:
+        os.chdir(folder)
+        made: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(Path(script).read_text(), script, "exec"), made)
+        made["model"].model.set_active(None)
+        kept = {
+            "predictions": made["predictions"],
+            "base": made["trainer"].predict(made["model"]),
+            "steps": made["trainer"].global_step,
+            "frozen": not any(p.requires_grad for p in made["model"].parameters()),
+        }
+        Path(f"{script}.json").write_text(json.dumps(kept))
 
 
 def files_of_the_page() -> dict[str, str]:
@@ -52,13 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name, text in files_of_the_page().items():
             (folder / name).write_text(text.replace(CLASSES["gpt"], CLASSES[family]))
     for script in ("train.py", "predict.py"):
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, script, *map(str, made.values())],
-            env=environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        on_processes(1, drive, script, list(made.values()))
     return made
 
 
