@@ -759,6 +759,7 @@ class EvalModel:
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
     pipeline_model_parallel_split_rank: Count | None = None
+    compile: bool = False
     inference: Inference = field(default_factory=Inference)
 
 

@@ -10,6 +10,7 @@ from graftwerk.data.jsonl import Row, read_rows
 from graftwerk.data.templates import RowError
 from graftwerk.errors import UserError
 from graftwerk.generation import Continuation, Ending, Sampling, complete
+from graftwerk.generation.sharing import Compiler
 from graftwerk.models import BERT, GPT, T5
 
 if TYPE_CHECKING:
@@ -98,11 +99,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answerer:
-    """How answers are decoded: by `sampling`, up to the end of text or one of its end strings."""
+    """How answers are decoded: by `sampling`, up to the end of text or one of its end strings.
+
+    `compiler`: as in `complete`.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     sampling: Sampling
     batch_size: int = 8
+    compiler: Compiler | None = None
 
     def answer(
         self,
@@ -125,6 +130,7 @@ class Answerer:
             stop=ending if ending.strings else None,
             progress=progress,
             numbers=numbers,
+            compiler=self.compiler,
         )
         return [self._answer(row, ending.text(row.tokens).strip()) for row in rows]
 

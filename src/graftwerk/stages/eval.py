@@ -33,7 +33,9 @@ from graftwerk.evaluation.metrics import squad_scores
 from graftwerk.evaluation.predict import Answer, Answerer, Questions
 from graftwerk.evaluation.spans import SpanAnswerer
 from graftwerk.generation import Sampling
+from graftwerk.generation.sharing import Compiler
 from graftwerk.models import BERT, GPT, T5
+from graftwerk.models.compiling import allow_graphs, why_not_compiled
 from graftwerk.parallel.mesh import Axis
 from graftwerk.parallel.placement import Placement
 from graftwerk.training.base import Base, revision_of
@@ -45,6 +47,7 @@ from graftwerk.training.trainer import device_of, precision_of
 from graftwerk.training.world import World
 
 BASE = "base"
+SPLITS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 # What a learning stage told of an adapter in its `summary.json`, to stand beside the scores.
 LEARNED = ("trainable_parameters", "total_parameters", "steps", "seconds", "file_bytes")
 
@@ -84,7 +87,9 @@ def _run(cfg: DictConfig, world: World) -> int:
     check_layers(base.config, skipped, "model.skip_layers")
     tuned = {model.name: open_tuned(model.path, base) for model in model_cfg.get("models") or []}
     tokenizer = base.tokenizer()
-    answerer = answerer_of(base, tokenizer, sampling, model_cfg.data.batch_size)
+    device = device_of(cfg.trainer, world)
+    compiler = compiler_of(model_cfg, base, device)
+    answerer = answerer_of(base, tokenizer, sampling, model_cfg.data.batch_size, compiler)
     questions = read_questions(model_cfg, base, tokenizer, virtual_tokens(files, compositions))
     unknown = [str(row["id"]) for row in questions.rows if str(row["id"]) not in truth]
     if unknown:
@@ -92,7 +97,6 @@ def _run(cfg: DictConfig, world: World) -> int:
             f"model.data.ground_truth_ds has no answer for {len(unknown)} questions of "
             f"model.data.test_ds, such as id {unknown[0]!r}"
         )
-    device = device_of(cfg.trainer, world)
     dtype = precision_of(cfg.trainer, device)
     mesh = world.mesh(model_cfg, device)
     first = world.rank == 0
@@ -304,12 +308,33 @@ def open_tuned(path: str, base: Base) -> Base:
 
 
 def answerer_of(
-    base: Base, tokenizer: Any, sampling: Sampling, batch_size: int
+    base: Base, tokenizer: Any, sampling: Sampling, batch_size: int, compiler: Compiler | None
 ) -> Answerer | SpanAnswerer:
     """What makes a model's answers: a BERT marks them, the others write them."""
     if base.config.architecture == "bert":
         return SpanAnswerer(sampling, batch_size)
-    return Answerer(tokenizer, sampling, batch_size)
+    return Answerer(tokenizer, sampling, batch_size, compiler)
+
+
+def compiler_of(model_cfg: DictConfig, base: Base, device: torch.device) -> Compiler | None:
+    """What compiles the passes of decoding, where `model.compile` asks for it.
+
+    Raises:
+        UserError: where they cannot be compiled.
+    """
+    if not model_cfg.get("compile"):
+        return None
+    split = [key for key in SPLITS if (model_cfg.get(key) or 1) > 1]
+    if base.config.architecture != "gpt":
+        reason = f"it is for the passes of a GPT, and {base.path} is a {base.config.architecture}"
+    elif split:
+        reason = f"it is for a model on one device, and {split[0]} is {model_cfg[split[0]]}"
+    else:
+        reason = why_not_compiled(device.type)
+    if reason is not None:
+        raise UserError(f"model.compile=True: {reason}: set it to False")
+    allow_graphs()
+    return torch.compile
 
 
 def read_questions(

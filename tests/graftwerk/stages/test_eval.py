@@ -192,6 +192,26 @@ def test_key_batch_size_changes_no_answer(cfg: DictConfig):
     assert predictions(cfg, "mine") == together
 
 
+def test_key_compile_changes_no_answer(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch):
+    run(cfg)
+    plain, compiled = predictions(cfg, "mine"), []
+    monkeypatch.setattr("graftwerk.stages.eval.why_not_compiled", lambda kind: None)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    cfg.model.compile = True
+    run(cfg)
+    assert compiled
+    assert predictions(cfg, "mine") == plain
+
+
+def test_key_compile_is_refused_where_passes_cannot_be_compiled(
+    cfg: DictConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("graftwerk.stages.eval.why_not_compiled", lambda kind: "no compiler here")
+    cfg.model.compile = True
+    with pytest.raises(UserError, match="no compiler here: set it to False"):
+        run(cfg)
+
+
 def test_questions_that_do_not_fit_are_counted_and_score_zero(cfg: DictConfig, capsys):
     cfg.model.encoder_seq_length = 12
     long = {"taskname": "first", "id": "q5", "context": " ".join(WORDS), "question": "first"}
