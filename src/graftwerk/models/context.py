@@ -105,10 +105,10 @@ class Context:
             # In a tree a text's tokens do not stand together: those before one are what it sees,
             # all that come before it but those that nobody sees any more.
             seen = self.end.shape[1]
-            query = torch.arange(seen - columns, seen, device=self.end.device)
-            over = torch.searchsorted(
-                self.end.sort().values, query.expand(len(self.end), -1).contiguous(), right=True
-            )
+            index = torch.arange(seen, device=self.end.device)
+            query = index[seen - columns :]
+            ends = self.end.maximum(index + 1).sort().values  # padding may end before it begins
+            over = torch.searchsorted(ends, query.expand(len(ends), -1).contiguous(), right=True)
             depth = query - over - (seen - columns - self.flow.offset)
             before = depth.masked_fill(depth < 0, FAR)
         return before, behind
