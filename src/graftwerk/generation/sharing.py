@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.adapters.packing import bound_to_texts
@@ -21,11 +21,12 @@ from graftwerk.adapters.slots import LayerSlot, slots_of
 from graftwerk.generation.reading import AHEAD
 from graftwerk.models import GPT, KeyValueCache
 from graftwerk.models.cache import Grid
+from graftwerk.models.context import Context
 from graftwerk.models.positions import visibility
 
 MOST = 32  # rows of a tree: each attends past what the others added
 FOREVER = torch.iinfo(torch.int64).max
-Compiler = Callable[[GPT], Callable[..., Tensor]]
+Compiler = Callable[[nn.Module], Callable[..., tuple[Tensor, Context]]]
 
 
 @dataclass
@@ -123,7 +124,8 @@ class Trees:
     Args:
         most: tokens that will be taken of a row.
         compiler: makes the passes behind the first, which are of one shape then: rows that have
-            ended stay, and the cache has room for all.
+            ended stay, the cache has room for all, and sizes are powers of two, so that few batches
+            need another graph.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Trees:
         for row, path in zip(seen, paths, strict=True):
             row[torch.tensor(path) + virtual] = True
         self.seen = seen.to(device)  # [N, K]: the columns that each row has met
-        room = width + int(counts.max()) * (most if compiler else min(most, AHEAD))
+        room = width + int(counts.max()) * min(most, AHEAD)
         self.cache = KeyValueCache(model.config.num_layers, room)
         self.cache.grid = grid.to(device)
         stops = accumulate(len(tree.tokens) for tree in trees)
@@ -166,10 +168,8 @@ class Trees:
         self._arrange()
         self.running: Tensor | None = None  # of the rows of compiled passes, those that do run
         if compiler is not None and most:
-            self.running = torch.arange(len(paths), device=device)
-            self.cache.fix(self.tokens.shape[1])
-            self.seen = F.pad(self.seen, (0, self.cache.length - width))
-            self.step = compiler(model)
+            self._fix(most)
+            self.layers = compiler(model.decoder)
 
     def _pass(self, tokens: Tensor, positions: Tensor, select: Tensor | None = None) -> Tensor:
         """Logits behind the tokens of a row, or behind those that `select` names."""
@@ -183,6 +183,21 @@ class Trees:
         shape = (self.trees, int(self.place.max()) + 1)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.tokens[self.tree, self.place] = every
+
+    def _fix(self, most: int) -> None:
+        """Rounds all sizes up, for the passes to come; what is added is of no account."""
+        rows, width = self.seen.shape
+        trees, places = self.tokens.shape
+        more = rounded(rows) - rows
+        self.running = torch.arange(rows, device=self.device)
+        self.tokens = F.pad(self.tokens, (0, rounded(places) - places, 0, rounded(trees) - trees))
+        self.trees, places = self.tokens.shape
+        room = rounded(width + places * most)
+        self.cache.fix(self.trees, places, room)
+        self.seen = F.pad(self.seen, (0, room - width, 0, more))
+        self.positions, self.tree, self.place = (
+            F.pad(of_row, (0, more)) for of_row in (self.positions, self.tree, self.place)
+        )
 
     def take(self, chosen: Tensor) -> None:
         if self.running is not None:
@@ -203,8 +218,10 @@ class Trees:
         self.seen.scatter_(1, self.cache.columns[self.place][:, None], True)
         places = self.tree * self.tokens.shape[1] + self.place
         self.cache.grid = Grid(self.tokens, places, self.seen[self.tokens][:, None])
-        logits = self.step(tokens[None], self.positions[None], cache=self.cache)[0]
-        self.logits = logits[running]
+        model = self.model
+        start = model.begin(tokens[None], self.positions[None], cache=self.cache)
+        x, context = self.layers(model.embed(start), start.context, 1, None)
+        self.logits = model.answer(*start.own(x, context), select=None)[0, running]
         self.positions = (self.positions + 1).clamp(max=self.last)
         self.cache.columns = self.cache.columns + self.tokens.shape[1]
 
@@ -219,6 +236,11 @@ class Trees:
             self.cache.keep(living)
             self.tree, self.trees = places, len(living)
         self._arrange()
+
+
+def rounded(size: int) -> int:
+    """The next power of two; at least 2, since compilers make graphs for 1 apart."""
+    return max(1 << (size - 1).bit_length(), 2)
 
 
 def _grid(trees: Sequence[Tree], virtual: int) -> Grid:

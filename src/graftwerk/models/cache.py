@@ -103,19 +103,23 @@ class KeyValueCache:
         self.positions = positions
         self.length += new
 
-    def fix(self, new: int) -> None:
-        """Fixes a cache with a grid, whose passes have `new` columns from now on.
+    def fix(self, rows: int, new: int, room: int) -> None:
+        """Fixes a cache with a grid: from now on it has `rows` of `room` tokens, a pass `new`.
 
         Whoever reads on moves `columns`, and shows in the grid's mask what they have reached.
         """
         assert self.positions is not None
-        past, self.length = self.length, max(self.room, self.length)
-        more = self.length - past  # zeros: what is masked is multiplied with none, not with a NaN
-        self.positions = F.pad(self.positions, (0, more))
+        past, self.length = self.length, room
+
+        def grown(held: Tensor) -> Tensor:
+            """With zeros: what is masked is multiplied with none, not with a NaN."""
+            return F.pad(held, (*(0, 0) * (held.dim() - 2), 0, room - past, 0, rows - len(held)))
+
+        self.positions = grown(self.positions)
         for layer, held in enumerate(self.own):
             assert held is not None
-            key, value = (F.pad(tensor[:, :past], (0, 0, 0, 0, 0, more)) for tensor in held)
-            self.own[layer] = key, value
+            key, value = held
+            self.own[layer] = grown(key[:, :past]), grown(value[:, :past])
         self.columns = torch.arange(past, past + new, device=self.positions.device)
 
     def keep(self, rows: Tensor) -> None:

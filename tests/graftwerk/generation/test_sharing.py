@@ -192,7 +192,27 @@ def test_compiled_passes_are_of_one_shape_and_say_the_same(shape: str):
     torch.compiler.reset()
     assert complete(model, PROMPTS, sampling, stop=ended, compiler=compiler) == expected
     assert len({len(row.tokens) for row in expected}) > 2, "rows end together"
-    assert 0 == after[1] < after[2] == max(after.values())
+    assert (after[1], set(after.values()) - {0}, len(graphs)) == (0, {1}, 1)
+
+
+def test_compiled_passes_of_batches_of_like_sizes_share_a_graph():
+    model, graphs, caches = model_with("llama", "lora"), [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiler(layers):
+        caches.append(len(caches))
+        return torch.compile(layers, backend=backend)
+
+    torch.compiler.reset()
+    rows = [[word, *prompt] for word in range(3) for prompt in PROMPTS[:6]]
+    rows += [row[:-1] for row in rows]
+    sampling = Sampling(tokens_to_generate=9)
+    expected = complete(model, rows, sampling, batch_size=5)
+    assert complete(model, rows, sampling, batch_size=5, compiler=compiler) == expected
+    assert len(graphs) < len(caches) / 2, (len(graphs), len(caches))
 
 
 def test_draws_and_log_probabilities_are_those_of_rows_alone():
