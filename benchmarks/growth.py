@@ -18,6 +18,7 @@ An exponent is the slope of a line through the logarithms; R² says how straight
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -295,18 +296,23 @@ def prepare(folder: Path) -> None:
 
 
 def encode(folder: Path) -> None:
-    """The rows of training, as a learning stage reads them."""
+    """The rows of training, as a learning stage reads them: into its cache, and mapped from there.
+
+    On one core: there one process does all of it.
+    """
     from graftwerk.data.dataset import AnswerDataset
     from graftwerk.data.encoding import Encoder
     from graftwerk.data.templates import TaskTemplate
+    from graftwerk.data.token_cache import TokenCache
     from graftwerk.data.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer("word", [*vocabulary(), "context", "question", "answer", ":"])
     prompt = "context: {context} question: {question} answer: {answer}"
     template = TaskTemplate.from_config({"taskname": "growth", "prompt_template": prompt})
-    AnswerDataset(
-        [folder / "prepared/growth_train.jsonl"], {"growth": Encoder(template, tokenizer, 512)}
-    )
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    encoders = {"growth": Encoder(template, tokenizer, 512)}
+    cache = TokenCache(folder / "cache")
+    AnswerDataset([folder / "prepared/growth_train.jsonl"], encoders, cache=cache)
 
 
 if __name__ == "__main__":

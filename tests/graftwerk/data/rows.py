@@ -84,13 +84,17 @@ def assert_same(found, expected, loss=1e-6, gradient=1e-5):
 
 
 @torch.no_grad()
-def losses(model, batches, number_of):
-    """The loss of each label by `number_of(batch)`, summed."""
+def losses(model, rows, batches):
+    """The loss of each row that has labels, by its number."""
+    lines, size = batches.lines(rows.step.rows), batches.micro_batch_size
     found = {}
-    for batch in batches:
-        each = label_losses(model(**batch.inputs()), batch.labels, batch.weights).tolist()
-        for name, loss in zip(number_of(batch), each, strict=True):
-            found[name] = found.get(name, 0.0) + loss
+    for start, batch in zip(range(0, len(lines), size), batches[rows.step], strict=True):
+        held = [row for line in lines[start : start + size] for d in line for row in d.rows]
+        numbers = [row.number for row in held for _ in row.labels]
+        copies = batch.labels.repeat(model.width), batch.weights.repeat(model.width)
+        each = label_losses(model(**batch.inputs()), *copies).unflatten(0, (model.width, -1))
+        for number, loss in zip(numbers, each.sum(0).tolist(), strict=True):
+            found[number] = found.get(number, 0.0) + loss
     return found
 
 

@@ -1,9 +1,6 @@
 """Rows packed into lines: the same loss and gradients as padded, and nobody sees another's."""
 
-from itertools import chain
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,11 +13,9 @@ from tests.graftwerk.data.rows import (
     adapted,
     assert_same,
     learned,
-    losses,
     packed,
     padded,
     plain,
-    relabelled,
 )
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -70,32 +65,6 @@ def test_rows_stand_one_behind_the_other_with_positions_of_their_own():
     assert batch.label_positions.tolist() == [2, 4, 6]
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_another_question_moves_no_other_questions_loss(number):
-    rows, model = plain([7, 5, 9, 3, 6]), adapted("llama", a=LORA)
-    model.set_active("a")
-
-    def each(rows):
-        batches = packed(rows, 16)
-        of_label = rows_of_labels(rows, batches)
-        return losses(model, batches[rows.step], lambda batch: next(of_label))
-
-    before, after = each(rows), each(relabelled(rows, number, token=60))
-    assert before[number] != after[number]
-    assert all(before[n] == pytest.approx(after[n], abs=2e-6) for n in before if n != number)
-
-
-def rows_of_labels(rows, batches):
-    """The rows' numbers, label by label, batch after batch."""
-    lines = batches.lines(rows.step.rows)
-    for start in range(0, len(lines), batches.micro_batch_size):
-        held = chain.from_iterable(
-            document.rows for line in lines[start : start + batches.micro_batch_size]
-            for document in line
-        )  # fmt: skip
-        yield [row.number for row in held for _ in row.labels]
-
-
 @settings(max_examples=25)
 @given(LENGTHS, st.sampled_from([2, 3, 4]))
 def test_any_number_of_ranks_sees_the_same_packed_rows(lengths, world_size):
@@ -137,7 +106,8 @@ def test_a_packed_row_may_be_longer_than_a_table_of_positions():
 def test_labels_know_which_source_they_are_from():
     rows = plain([7, 5, 9, 3])
     (batch,) = packed(rows, 32, named=True)[rows.step]
-    numbers = next(rows_of_labels(rows, packed(rows, 32)))
+    (line,) = packed(rows, 32).lines(rows.step.rows)
+    numbers = [row.number for document in line for row in document.rows for _ in row.labels]
     assert batch.origins.tolist() == [number % 3 for number in numbers]
 
 

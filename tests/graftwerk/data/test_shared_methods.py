@@ -23,7 +23,17 @@ from graftwerk.adapters.configs import (
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.packing import bound_to_rows, bound_to_texts
 from tests.graftwerk.adapters.test_matrix import METHODS
-from tests.graftwerk.data.rows import Rows, adapted, assert_same, learned, packed, padded, plain
+from tests.graftwerk.data.rows import (
+    Rows,
+    adapted,
+    assert_same,
+    learned,
+    losses,
+    packed,
+    padded,
+    plain,
+    relabelled,
+)
 from tests.graftwerk.tiny import SHAPES
 
 LORA = LoRAConfig(dim=3, target_modules=("all",))
@@ -160,6 +170,33 @@ def test_a_sliding_window_is_measured_in_depth(window, layers):
     assert abs(expected[0] - learned(wide, padded(TREE)[TREE.step])[0]) > 1e-3
     for share in (False, True):
         assert_same(learned(model, packed(TREE, 20, share, minimum=1)[TREE.step]), expected)
+
+
+QUESTIONS = [[1, 2, 3], [1, 2, 4], [2, 2], [1, 2, 3, 5], [1]]  # of one paragraph
+BESIDE = {**BOTTLENECKS, **GATED, "p": METHODS["ptuning"], "lora": LORA}
+
+
+@pytest.mark.parametrize(
+    "active", [*ALL, *COMPOSITIONS.values(), Stack("p", "lora", "d", "c", "f")], ids=str
+)
+def test_another_question_moves_no_other_questions_loss(active):
+    paragraph = [5, 6, 7, 8, 9, 10]
+    rows = Rows([([*paragraph, *q], [(5 + len(q), 11 + n)]) for n, q in enumerate(QUESTIONS)])
+    model = adapted("gpt2", **({active: ALL[active]} if active in ALL else BESIDE))
+    if isinstance(active, Fuse):
+        model.add_fusion("a,b", FusionConfig())
+    model.set_active(active)
+    how = {"minimum": 1, "prompt": model.virtual_tokens if model.plan.own_prompts else 0}
+
+    for share in (False, True) if bound_to_texts(model) is None else (False,):
+        before = losses(model, rows, packed(rows, 40, share, **how))
+        assert len(before) == len(QUESTIONS)
+        for number in (1, 4):
+            changed = relabelled(rows, number, token=60)
+            after = losses(model, changed, packed(changed, 40, share, **how))
+            assert before[number] != after[number]
+            others = {n: pytest.approx(loss, rel=1e-6) for n, loss in before.items() if n != number}
+            assert {n: after[n] for n in others} == others
 
 
 def test_virtual_tokens_stand_before_each_packed_row_and_all_its_texts_read_them():

@@ -532,7 +532,9 @@ def said_by(model: Any, cfg: DictConfig) -> list[list[float]]:
     tokenizer = one.tokenizer()
     sampling = Sampling.from_keys(cfg.model.inference, 1)
     questions = evaluation.read_questions(cfg.model, one, tokenizer)
-    found = evaluation.answerer_of(one, tokenizer, sampling, 4, None).answer(model, questions.prompts)
+    found = evaluation.answerer_of(one, tokenizer, sampling, 4, None).answer(
+        model, questions.prompts
+    )
     return [answer.logprobs for answer in found]
 
 
