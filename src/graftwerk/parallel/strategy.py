@@ -16,34 +16,34 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-class Gathers(Protocol):
-    """What a LightningModule does for these strategies."""
+class State(Protocol):
+    """What checkpoints hold of a LightningModule, of the whole model whatever its layout."""
 
-    def whole_state(self) -> dict[str, torch.Tensor]: ...
+    def whole(self) -> dict[str, torch.Tensor]: ...
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]: ...
+    def of_optimizer(self, optimizer: Optimizer) -> dict[str, Any]: ...
 
-    def load_optimizer_state(self, optimizer: Optimizer, saved: dict[str, Any]) -> None: ...
+    def load_optimizer(self, optimizer: Optimizer, saved: dict[str, Any]) -> None: ...
 
 
 class WholeStates(Strategy):
     """Checkpoints without a layout."""
 
     @property
-    def _module(self) -> Gathers:
-        return self.lightning_module  # type: ignore[return-value]
+    def _state(self) -> State:
+        return self.lightning_module.state  # type: ignore[return-value,union-attr]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._module.whole_state()
+        return self._state.whole()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        return self._module.optimizer_state(optimizer)
+        return self._state.of_optimizer(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._module.load_optimizer_state(optimizer, saved)
+            self._state.load_optimizer(optimizer, saved)
 
 
 class OneDevice(WholeStates, SingleDeviceStrategy):

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from graftwerk.adapters.slots import Slot
@@ -28,6 +26,7 @@ from graftwerk.training.loss import answer_loss, label_losses
 from graftwerk.training.optim import build_optimizer
 from graftwerk.training.schedules import build_schedule
 from graftwerk.training.sweep import Point
+from graftwerk.training.trained_state import TrainedState
 
 # What travels with the gradients, and what validation sums.
 LOSS, WEIGHT, ROWS, TOKENS, STOP = range(5)
@@ -89,12 +88,13 @@ class LearningModule(pl.LightningModule):
         self.mesh = self.placement.mesh
         # What is trained on all stages of a pipeline, and what of it lies on this one.
         self.everywhere = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.trained = {n: p for n, p in self.everywhere.items() if self.placement.here(p)}
         if not self.everywhere:
             raise UserError("nothing to train: no parameter of the model requires a gradient")
         self.fused = any(".fusion_layer." in name for name in self.everywhere)
         # A fusion's temperature moves with training too.
-        self.moved = {n: b for n, b in model.named_buffers() if ".fusion_layer." in n}
+        moved = {n: b for n, b in model.named_buffers() if ".fusion_layer." in n}
+        self.state = TrainedState(self.placement, self.everywhere, moved)
+        self.trained = self.state.trained
         self.copies = names_of_copies(getattr(model, "active", None))
         self.diverged: set[str] = set()  # points of a sweep whose numbers are none any more
         self.seconds_before = 0.0  # of the runs that this one goes on from
@@ -417,94 +417,12 @@ class LearningModule(pl.LightningModule):
     # ---- checkpoints: trained weights only, and where the data stands
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in self._kept().items()}
-
-    def _kept(self) -> dict[str, Tensor]:
-        return {**self.trained, **self.moved}
-
-    def whole_state(self) -> dict[str, Tensor]:
-        """`state_dict` of the whole model, on the first process; all ask at once."""
-        if not self.mesh.model_parallel:
-            return self.state_dict()
-        return self.placement.gathered(self.state_dict(), {**self.everywhere, **self.moved})
+        return self.state.own()
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> None:
-        kept, known = self._kept(), {**self.everywhere, **self.moved}
-        shares = {
-            name: self.placement.share(tensor, known[name])
-            for name, tensor in state_dict.items()
-            if name in known
-        }
-        wrong = [
-            name
-            for name in {**known, **state_dict}
-            if name not in shares or shares[name].shape != known[name].shape
-        ]
-        if wrong:
-            raise UserError(
-                f"the checkpoint to go on from is of another model or adapter ({len(wrong)} of its "
-                f"weights differ, such as {min(wrong)}): use another run.results_dir, or set "
-                f"exp_manager.resume_if_exists: False"
-            )
-        with torch.no_grad():
-            for name, tensor in kept.items():
-                tensor.copy_(shares[name])
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state by names, whole, on the first process; all ask at once.
-
-        `state`: parameter -> what the optimizer keeps of it; `param_groups`: their settings.
-        """
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        own = {names[id(p)]: values for p, values in optimizer.state.items()}
-        keys = sorted({key for values in own.values() for key in values})
-        state: dict[str, dict[str, Any]] = {}
-        for key in self._all_keys(keys):
-            found = {name: values[key] for name, values in own.items() if key in values}
-            if self.mesh.model_parallel:
-                found = self.placement.gathered(found, self.everywhere)
-            for name, value in found.items():
-                state.setdefault(name, {})[key] = value
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        ordered = {name: state[name] for name in self.everywhere if name in state}
-        return {"state": ordered, "param_groups": settings}
-
-    def _all_keys(self, own: list[str]) -> list[str]:
-        """What the optimizer keeps on any stage: a stage may train nothing."""
-        axis = self.mesh.pipeline
-        if axis.group is None:
-            return own
-        found: list[list[str]] = [[] for _ in range(axis.size)]
-        dist.all_gather_object(found, own, axis.group)
-        return sorted({key for keys in found for key in keys})
-
-    def load_optimizer_state(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-        """Takes this process's share of what `optimizer_state` gave under any layout."""
-        numbers = {
-            id(parameter): number
-            for number, parameter in enumerate(
-                p for group in optimizer.param_groups for p in group["params"]
-            )
-        }
-        state = {
-            numbers[id(self.trained[name])]: {
-                key: self.placement.share(value, self.trained[name]) if value.ndim else value
-                for key, value in values.items()
-            }
-            for name, values in saved["state"].items()
-            if name in self.trained
-        }
-        own = optimizer.state_dict()["param_groups"]
-        groups = [
-            {**settings, "params": group["params"]}
-            for settings, group in zip(saved["param_groups"], own, strict=True)
-        ]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.state.load(state_dict)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
