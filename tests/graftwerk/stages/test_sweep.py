@@ -210,6 +210,13 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(peft, tmp_path):
         assert {**one, "adapter": ""} == {**other, "adapter": ""}
 
 
+def test_adapters_that_were_trained_at_one_rate_do_not_go_on_as_a_sweep(peft):
+    both = wants(peft, adapter_names=["a", "b"], composition="Parallel(a, b)")
+    run_killed("peft", both, 4)
+    with pytest.raises(UserError, match=r"has 2 groups of learning rates, this run 4: put model\."):
+        learning.run("peft", wants(peft, sweep=[{"name": "a"}, {"name": "b"}]))
+
+
 def test_a_complete_sweep_that_is_started_again_leaves_the_same(peft):
     peft = wants(peft, sweep=RANKS)
     learning.run("peft", peft)
