@@ -12,7 +12,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make quickstart  train and compare two adapters on this machine: about 2 minutes"
-	@echo "make methods     train and compare every method on the same task: about 10 minutes"
+	@echo "make methods     train and compare every method on the same task: about 12 minutes"
 	@echo "make test        the tests"
 	@echo "make test-long   the tests that take minutes each"
 	@echo "make real-weights  SmolLM2-135M and MiniLM for the tests that use them"

@@ -4,7 +4,7 @@
 #   benchmarks/squad_smollm2.sh BASE WORK [override ...]
 #
 # BASE: the folder that benchmarks/smollm2_base.py wrote. WORK: where data and results go.
-# GRAFTWERK_SHARED: the folder of shared data with squad/xquad.en.json (default: ../shared).
+# GRAFTWERK_SHARED: the folder of shared data with data/squad/xquad.en.json (default: ../shared).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 base=${1:?usage: squad_smollm2.sh BASE WORK [override ...]}

@@ -25,7 +25,8 @@ stages, in their order
   conversion        a checkpoint in another format
   fine_tuning       all of a model
   peft              adapters of any methods on a frozen model: model.peft.peft_scheme is some of
-                    adapter, ia3, lora, ptuning, prefix, prompt, selective, qlora, or none
+                    adapter, ia3, lora, ptuning, prefix, prompt, selective, qlora, fusion,
+                    or none
   adapter_learning  bottleneck adapters on a frozen model
   ia3_learning      IA3 on a frozen model
   eval              base and adapters answer the test rows, scored side by side
@@ -59,7 +60,7 @@ keys beside the stages' own
   docs/configuration.md explains every key; --cfg job prints what is composed.
 
 exit codes: 0 done or submitted, 1 failed, 2 wrong configuration (nothing was written),
-75 checkpointed and to be started again
+75 checkpointed and to be started again, 76 the same behind the loss of another process
 
 Hydra's flags
 {flags}
