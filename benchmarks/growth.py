@@ -288,7 +288,7 @@ def prepare(folder: Path) -> None:
         "field_map": {},
         "answer_words": {},
         "subset": None,
-        "split": None,
+        "split": {"train": 1.0},
         "tokenizer": None,
         "seed": 1234,
     }

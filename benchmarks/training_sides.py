@@ -78,7 +78,7 @@ def ours(case: "Case", steps: list[Rows], answer: Answer) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
     from graftwerk.adapters.methods.lora import LoRAConfig
     from graftwerk.checkpoints import load_adapters, load_base
-    from graftwerk.training.loss import answer_loss
+    from graftwerk.training.loss import label_losses
 
     batches = Steps(case, steps)
     dtype = getattr(torch, case.dtype)
@@ -93,7 +93,7 @@ def ours(case: "Case", steps: list[Rows], answer: Answer) -> None:
         model.set_active(peer)
         with torch.no_grad():
             losses[peer] = sum(
-                answer_loss(model(**micro.inputs()), micro.labels, micro.weights).item()
+                label_losses(model(**micro.inputs()), micro.labels, micro.weights).sum().item()
                 for step in batches
                 for micro in step
             )

@@ -66,7 +66,8 @@ class FusionConfig:
         query_before_ln: the query is the sublayer's result, not what enters the adapter.
         regularization: `loss` holds the value matrix near the identity.
         residual_before: the residual joins keys and values, not the result.
-        temperature: the softmax's falls from 50 to 1, by 0.05 with each backward pass.
+        temperature: the softmax's falls from 50 to 1, by 0.05 with each backward pass (in a
+            learning stage with each step).
         value_before_softmax: whether values pass their matrix before or after they are weighed. The
             two are the same number; it is kept for files.
         value_initialized: the value matrix is born near the identity.
@@ -116,6 +117,7 @@ class Fusion(nn.Module):
     """
 
     temperature: Tensor
+    by_step = False  # whoever trains says when the temperature falls
     ranks: Ranks = ALONE  # those that find summands of its gradients
 
     def __init__(self, site: Site, config: FusionConfig):
@@ -166,17 +168,19 @@ class Fusion(nn.Module):
         return (result if self.config.residual_before else result + residual), weights
 
     def _cooled(self, scores: Tensor) -> Tensor:
-        """Scores over the temperature, which falls when their gradient comes by.
+        """Scores over the temperature.
 
-        Not in the forward pass: gradient checkpointing runs that twice.
+        It falls when their gradient comes by, or when whoever trains calls `cool` (`by_step`): not
+        in the forward pass, which gradient checkpointing runs twice.
         """
         if not self.config.temperature:
             return scores
-        if self.training and scores.requires_grad:
-            scores.register_hook(self._cool)
+        if self.training and scores.requires_grad and not self.by_step:
+            scores.register_hook(lambda gradient: self.cool())
         return scores / self.temperature.to(scores.dtype)
 
-    def _cool(self, gradient: Tensor) -> None:
+    def cool(self) -> None:
+        """Lowers the temperature by a step."""
         self.temperature.sub_(0.05).clamp_(min=1.0)
 
     def loss(self) -> Tensor:

@@ -90,7 +90,7 @@ class AnswerDataModule(LightningDataModule):
         self.pad = padding_token(tokenizer)
         self.device = torch.device(device)
         self.family = "gpt" if shape is None else shape.architecture
-        self.packing = Packing.of(model_cfg.data, shape)
+        self.packing = Packing.of(model_cfg.data)
         self.shares = False  # rows that begin alike are computed once, where `arrange` allows it
         self.packing_report: PackingReport | None = None
         self._batch_sizes = model_cfg.global_batch_size, model_cfg.micro_batch_size, world_size

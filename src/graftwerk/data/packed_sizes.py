@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from graftwerk.data.dataset import AnswerDataset
 from graftwerk.errors import UserError
-from graftwerk.models import TransformerConfig
 
 SIZE, SHARE = "model.data.packed_sequence_size", "model.data.share_prefixes"
 ROOM = 1.25  # of a T5's targets, over what goes with sources that fill their rows
@@ -25,14 +24,14 @@ class Packing:
     share: bool | Literal["auto"] = "auto"
 
     @classmethod
-    def of(cls, data: Mapping[Any, Any], shape: TransformerConfig | None) -> "Packing | None":
+    def of(cls, data: Mapping[Any, Any]) -> "Packing | None":
         """What the section `model.data` asks for; None where rows are padded.
 
         Raises:
-            UserError: for values that are not known or do not go together, or with the model.
+            UserError: for values that are not known or do not go together.
         """
         size, share = data.get("packed_sequence_size"), data.get("share_prefixes", "auto")
-        if share not in (True, False, "auto"):
+        if not isinstance(share, bool) and share != "auto":
             raise UserError(f"{SHARE}={share!r}; allowed: auto, true, false")
         if size is None:
             if share is True:

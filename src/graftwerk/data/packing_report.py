@@ -42,8 +42,7 @@ class PackingReport:
     ) -> "PackingReport":
         """Of a run's first steps; `tree_of_row` [rows]: the number of each row's tree."""
         lengths, micro = batches.rows.lengths, batches.micro_batch_size
-        how = sampler.step_rows, sampler.seed, sampler.shuffle
-        steps, mixed = _first(sampler), _first(StepSampler(sampler.all_rows, *how))
+        steps, mixed = _first(sampler), _first(sampler.row_wise())
         rows = sum(map(len, steps))
         lines = [line for step in steps for line in batches.lines(step.tolist())]
         documents = [document for line in lines for document in line]

@@ -1,6 +1,7 @@
 """Which rows each step trains on: shuffled by seed and epoch, resumable."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +118,15 @@ class StepSampler(Sampler[Step]):
         self.shuffle = shuffle
         self.epoch = 0
         self._start = 0
+
+    def row_wise(self) -> "StepSampler":
+        """One that shuffles row by row, and is as this one otherwise."""
+        other = copy(self)
+        other.groups = None
+        if self.mixture is not None:
+            other.mixture = copy(self.mixture)
+            other.mixture.groups = None
+        return other
 
     def __len__(self) -> int:
         """Steps of a whole epoch, whatever part of the present one is already consumed."""

@@ -96,6 +96,8 @@ def trees(rows: SortedRows, size: int, minimum: int = MINIMUM) -> list[tuple[int
     A tree that is larger is cut into as many as repeat the fewest tokens.
     """
     found: list[tuple[int, int]] = []
+    if not len(rows.order):
+        return found
     for start, stop in pairwise(rows.cut(0, len(rows.order), minimum).tolist()):
         fits = rows.tokens(start, stop) <= size
         found += [(start, stop)] if fits else _fitting(rows, start, stop, size)
@@ -138,7 +140,8 @@ class Groups:
 
         One that does not is split at its root, so that what all rows begin with binds none.
         """
-        found, waiting = [np.arange(0)], [(0, len(rows.order), minimum)]
+        found = [np.arange(0)]
+        waiting = [(0, len(rows.order), minimum)] if len(rows.order) else []
         while waiting:
             edges = rows.cut(*waiting.pop())
             starts, stops = edges[:-1], edges[1:]

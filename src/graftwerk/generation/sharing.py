@@ -24,7 +24,6 @@ from graftwerk.models.cache import Grid
 from graftwerk.models.context import Context
 from graftwerk.models.positions import visibility
 
-MOST = 32  # rows of a tree: each attends past what the others added
 FOREVER = torch.iinfo(torch.int64).max
 Compiler = Callable[[nn.Module], Callable[..., tuple[Tensor, Context]]]
 
@@ -70,7 +69,7 @@ def can_share(model: GPT) -> bool:
     return not any(isinstance(s, LayerSlot) and s.key in model.plan.actions for s in slots)
 
 
-def grow(prompts: Sequence[Sequence[int]], hidden_size: int, most: int = MOST) -> list[Tree]:
+def grow(prompts: Sequence[Sequence[int]], hidden_size: int, most: int) -> list[Tree]:
     """The trees of some prompts, of at most `most` rows.
 
     A prompt joins the tree of the one before it in the order of their tokens where that saves more

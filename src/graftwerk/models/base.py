@@ -263,7 +263,8 @@ def decoder_context(
         context.blocks = Blocks(batch, end, positions, window)
     elif masked:
         context.mask = visibility(visible, new)
-        if end is not None and cache is None and tokens.device.type == "cpu":
+        relative = config.position_embedding_type == "relative"  # whose scores are of whole rows
+        if end is not None and cache is None and not relative and tokens.device.type == "cpu":
             context.runs = runs_within(end, context.mask)  # a GPU would have to wait for them
     if window and context.blocks is None:
         context.window_mask = visibility(visible, new, all_positions, window)

@@ -58,8 +58,8 @@ class GPT(Transformer):
             end: [B, S]; query i sees key j iff `j <= i < end[b, j]`, with i and j counted from the
                 cache's first token. None: plain causal rows.
             cache: keys and values of earlier tokens; it takes up the new ones.
-            select: [N] flat indices into B*S: only these positions reach the final norm and the
-                output layer.
+            select: [N] flat indices into B*S: only these positions reach the output layer, and the
+                final norm where no adapter reads what that gives.
             documents: [B, S] of packed rows: which text, or tree of texts, of its row each token
                 is of, -1 for padding; with `positions` and `end`. None: a row is one text. Where
                 each text has a prompt of its own (`Plan.own_prompts`), its first columns are room

@@ -33,7 +33,7 @@ def compiles(model: Mapping[str, Any], device: torch.device) -> bool:
         UserError: where it is asked for and cannot be.
     """
     setting = model.get("compile", "auto")
-    if setting not in ("auto", True, False):
+    if not isinstance(setting, bool) and setting != "auto":
         raise UserError(f"{KEY}={setting!r} is not known: use auto, true or false")
     packed = bool((model.get("data") or {}).get("packed_sequence_size"))
     if setting is False or (setting == "auto" and (device.type == "cpu" or not packed)):

@@ -13,6 +13,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,9 +24,13 @@ from torch import Tensor, nn
 from graftwerk.errors import UserError
 from graftwerk.models import BERT, GPT, T5, TransformerConfig
 from graftwerk.models.layers import Layers
+from graftwerk.models.scoring import Score
 from graftwerk.parallel.mesh import Mesh
 
 META = torch.device("meta")
+Answer = Callable[
+    ..., Tensor
+]  # what a model says to a micro-batch, or what its `score` makes of it
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,14 @@ class Pipeline:
     def step(
         self,
         micros: Sequence[Any],
-        loss_of: Callable[[Tensor, Any], Tensor],
+        loss_of: Callable[[Answer, Any], Tensor],
         mark: Callable[[str], None] = lambda phase: None,
     ) -> None:
         """Forward and backward passes of all micro-batches; gradients add up in `.grad`.
 
-        `loss_of(result, micro)` gives the scalar to go back from; the last stage calls it. `mark`
-        is told when a pass `forward` or `backward` begins.
+        `loss_of(answer, micro)` gives the scalar to go back from; the last stage calls it, and
+        `answer` is the model's forward pass there, up to its `score`. `mark` is told when a pass
+        `forward` or `backward` begins.
         """
         self._carries = self._with_gradients()
         ahead = self.mesh.pipeline.size - self.rank  # forward passes before the first backward
@@ -178,10 +184,10 @@ class Pipeline:
             received = self._receive(inputs)
             for tensor in received:
                 tensor.requires_grad_(self._carries[self.rank])
-            made = self._through(inputs, received)
             if self.last:
-                made = [loss_of(made[0], micro)]
+                made = [loss_of(partial(self._answer, inputs, received), micro)]
             else:
+                made = self._through(inputs, received)
                 self._send([tensor.detach() for tensor in made], self.rank + 1, "forward")
             waiting.append((received, made))
             mark("backward")
@@ -190,6 +196,11 @@ class Pipeline:
         while waiting:
             self._backward(*waiting.popleft())
         self._finish()
+
+    def _answer(
+        self, inputs: Mapping[str, Any], received: Sequence[Tensor], score: Score | None = None
+    ) -> Tensor:
+        return self._through({**inputs, "score": score}, received)[0]
 
     def _with_gradients(self) -> list[bool]:
         """For each stage: whether something is trained before it."""
@@ -220,10 +231,11 @@ class Pipeline:
         if self._takes_part(inputs):
             made = self._through(inputs, self._receive(inputs))
             if self.last:
-                result = made[0]
+                result = made[0] if inputs.get("score") is None else made[0].float()
             else:
                 self._send(made, self.rank + 1, "forward")
-        result = self._from_last(result)
+        scores = inputs.get("score") is not None
+        result = self._from_last(result, torch.float32 if scores else self._logits_dtype())
         self._finish()
         return result
 
@@ -232,7 +244,7 @@ class Pipeline:
         t5 = isinstance(self.model, T5)
         return not t5 or self.run.stack == "decoder" or inputs.get("source") is not None
 
-    def _from_last(self, result: Tensor | None) -> Tensor:
+    def _from_last(self, result: Tensor | None, dtype: torch.dtype) -> Tensor:
         group = self.mesh.pipeline.group
         device = self.device
         shape = torch.zeros(4, dtype=torch.int64, device=device)
@@ -243,7 +255,7 @@ class Pipeline:
         dist.broadcast(shape, last, group=group)
         dims, *sizes = shape.tolist()
         if result is None:
-            result = torch.empty(sizes[:dims], dtype=self._logits_dtype(), device=device)
+            result = torch.empty(sizes[:dims], dtype=dtype, device=device)
         dist.broadcast(result, last, group=group)
         return result
 
@@ -257,10 +269,11 @@ class Pipeline:
 
     def _through(self, inputs: Mapping[str, Any], received: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the next stage gets, or on the last one the result."""
-        given = {key: value for key, value in inputs.items() if key not in ("select", "spans")}
-        select = inputs.get("select")
+        apart = ("select", "score", "spans")
+        given = {key: value for key, value in inputs.items() if key not in apart}
+        select, score = inputs.get("select"), inputs.get("score")
         if isinstance(self.model, T5):
-            return self._through_t5(self.model, given, select, received)
+            return self._through_t5(self.model, given, select, score, received)
         model, run = self.model, self.run
         if isinstance(model, BERT):
             given["packed"] = model.is_packed(inputs)
@@ -271,12 +284,17 @@ class Pipeline:
         if not run.leaves:
             return [x]
         if isinstance(model, GPT):
-            return [model.answer(*start.own(x, context), select)]
+            return [model.answer(*start.own(x, context), select, score)]
         x, flow = start.own(model.encoder.finish(x), context)
         return [model.answer(x, flow, select, given.get("documents"), inputs.get("spans"))]
 
     def _through_t5(
-        self, model: T5, given: dict[str, Any], select: Any, received: Sequence[Tensor]
+        self,
+        model: T5,
+        given: dict[str, Any],
+        select: Tensor | None,
+        score: Score | None,
+        received: Sequence[Tensor],
     ) -> Sequence[Tensor]:
         source, documents = given.pop("source", None), given.get("source_documents")
         cache = given.get("cache")
@@ -293,7 +311,7 @@ class Pipeline:
         x = model.embed(start) if self.run.enters else received[-1]
         x, context = self._layers(model.decoder, x, start.context)
         if self.run.leaves:
-            return [model.answer(*start.own(x, context), select)]
+            return [model.answer(*start.own(x, context), select, score)]
         return [x] if states is None else [states, x]
 
     def _layers(self, layers: Layers, x: Tensor, context: Any) -> tuple[Tensor, Any]:

@@ -6,12 +6,13 @@ from torch.nn import functional as F
 from graftwerk.parallel.vocabulary import Vocabulary
 
 
-def answer_loss(
+def label_losses(
     logits: Tensor, labels: Tensor, weights: Tensor, vocabulary: Vocabulary | None = None
 ) -> Tensor:
-    """Weighted sum of cross-entropies (nats), as a float32 scalar.
+    """The weighted cross-entropy (nats) of each label [N], float32.
 
-    A sum, not a mean: the divisor is the weight of the global batch, which no micro-batch knows.
+    Their sum is a micro-batch's loss, not their mean: the divisor is the weight of the global
+    batch, which no micro-batch knows.
 
     Args:
         logits: [N, V], any float type. A BERT that marks spans has a score for each of a row's
@@ -21,13 +22,6 @@ def answer_loss(
         vocabulary: how words are split over ranks, where `logits` are those of this rank's words
             alone, as under `parallel.vocabulary.split_logits`. The loss is the same on all ranks.
     """
-    return label_losses(logits, labels, weights, vocabulary).sum()
-
-
-def label_losses(
-    logits: Tensor, labels: Tensor, weights: Tensor, vocabulary: Vocabulary | None = None
-) -> Tensor:
-    """The weighted cross-entropy of each label [N], float32; of the arguments of `answer_loss`."""
     if vocabulary is not None:
         return vocabulary.losses(logits, labels) * weights
     return F.cross_entropy(logits.float(), labels, reduction="none") * weights

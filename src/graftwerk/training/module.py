@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,18 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from graftwerk.adapters.fusion import Fusion
 from graftwerk.adapters.slots import Slot
 from graftwerk.data.dataset import Batch
 from graftwerk.errors import UserError
+from graftwerk.parallel.pipeline import Answer
 from graftwerk.parallel.placement import Placement
 from graftwerk.parallel.vocabulary import Vocabulary, split_logits
 from graftwerk.training.adapter_drop import LayerChoice
 from graftwerk.training.copies import by_copy, by_owner, for_copies, names_of_copies, owner_of
 from graftwerk.training.gradients import GradientBucket
 from graftwerk.training.loggers import MetricsCSV
-from graftwerk.training.loss import answer_loss, label_losses
+from graftwerk.training.loss import label_losses
 from graftwerk.training.optim import build_optimizer
 from graftwerk.training.schedules import build_schedule
 from graftwerk.training.sweep import Point
@@ -150,6 +153,11 @@ class LearningModule(pl.LightningModule):
             if isinstance(module, Slot):
                 for part in (*module.adapter_layer.values(), *module.fusion_layer.values()):
                     part.train(any(p.requires_grad for p in part.parameters()))
+        # By steps, of which there are as many in any layout, not by micro-batches.
+        fusions = [m for m in self.model.modules() if isinstance(m, Fusion) and m.training]
+        self.cooling = [fusion for fusion in fusions if fusion.config.temperature]
+        for fusion in self.cooling:
+            fusion.by_step = True
 
     def transfer_batch_to_device(
         self, batch: list[Batch], device: torch.device, dataloader_idx: int
@@ -177,6 +185,8 @@ class LearningModule(pl.LightningModule):
         self.window += sums
         rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.step()
+        for fusion in self.cooling:
+            fusion.cool()
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau | list | None):
             scheduler.step()
@@ -207,19 +217,24 @@ class LearningModule(pl.LightningModule):
     def _backward(self, batch: list[Batch]) -> None:
         """The gradients and sums of all micro-batches."""
         sums, pipeline = self.bucket.sums, self.placement.pipeline
-        if pipeline is not None:
-            with self._precision(), split_logits(self.model) as vocabulary:
-                pipeline.step(
-                    batch, lambda logits, micro: self._loss(logits, micro, vocabulary), self.mark
-                )
-        for micro in batch:
-            if pipeline is None:
-                self.mark("forward")
-                with self._precision(), split_logits(self.model) as vocabulary:
-                    loss = self._label_losses(micro, vocabulary).sum()
+        # The backward passes too: where logits are many, they are made anew there.
+        with split_logits(self.model) as vocabulary:
+
+            def loss_of(answer: Answer, micro: Batch) -> Tensor:
+                loss = self._label_losses(answer, micro, vocabulary).sum()
                 sums[LOSS] += loss.detach()
+                return loss
+
+            if pipeline is not None:
+                with self._precision():
+                    pipeline.step(batch, loss_of, self.mark)
+            for micro in batch if pipeline is None else ():
+                self.mark("forward")
+                with self._precision():
+                    loss = loss_of(partial(self.model, **micro.inputs()), micro)
                 self.mark("backward")
                 loss.backward()
+        for micro in batch:
             if self.fused:  # a sum over labels, like the rest, which the labels' weight will divide
                 more = self.model.fusion_loss() * micro.weights.sum()  # type: ignore[operator]
                 if more.requires_grad:
@@ -227,22 +242,19 @@ class LearningModule(pl.LightningModule):
                 sums[LOSS] += more.detach()
             self._add(sums, micro)
 
-    def _loss(self, logits: Tensor, micro: Batch, vocabulary: Vocabulary | None = None) -> Tensor:
-        loss = answer_loss(logits, *self._labels(micro), vocabulary)
-        self.bucket.sums[LOSS] += loss.detach()
-        return loss
+    def _label_losses(self, answer: Answer, micro: Batch, vocabulary: Vocabulary | None) -> Tensor:
+        """The weighted loss of each label; of many, no more logits are held than fit.
 
-    def _label_losses(self, micro: Batch, vocabulary: Vocabulary | None = None) -> Tensor:
-        """The weighted loss of each label; of many, no more logits are held than fit."""
+        `answer`: what the model says to the micro-batch, or what a `score` makes of its logits.
+        """
         labels, weights = self._labels(micro)
+        if micro.label_positions is None:  # the spans of a BERT
+            return label_losses(answer(), labels, weights)
 
         def score(logits: Tensor, part: slice) -> Tensor:
             return label_losses(logits, labels[part], weights[part], vocabulary)
 
-        answers = micro.label_positions is not None  # not the spans of a BERT
-        if answers and vocabulary is None and self.placement.pipeline is None:
-            return self.model(**micro.inputs(), score=score)
-        return score(self.model(**micro.inputs()), slice(None))
+        return answer(score=score)
 
     def _labels(self, micro: Batch) -> tuple[Tensor, Tensor]:
         """Labels and weights of all copies of the batch, in the order of the model's rows."""
@@ -325,8 +337,9 @@ class LearningModule(pl.LightningModule):
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         for micro in batch:
-            with self._precision():
-                losses = self._label_losses(micro)
+            with self._precision(), split_logits(self.model) as vocabulary:
+                answer = partial(self.model, **micro.inputs())
+                losses = self._label_losses(answer, micro, vocabulary)
             if self.copies:
                 each = by_copy(losses, len(self.copies), micro.label_positions is None)
                 self.by_adapter += each.detach().sum(1)
@@ -432,7 +445,12 @@ class LearningModule(pl.LightningModule):
             "step_rows": data.step_rows,
             "groups": data.groups,
             "val_loss": self.val_loss_at(self.global_step),
+            "sweep": self._points(),
         }
+
+    def _points(self) -> list[tuple[str, dict[str, float]]]:
+        """What tells the optimizer's groups apart: they have no names of their own."""
+        return [(point.name, dict(point.optim)) for point in self.settings.sweep]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -448,6 +466,12 @@ class LearningModule(pl.LightningModule):
             raise UserError(
                 "the checkpoint to go on from was made with rows in another order: put "
                 "model.data.packed_sequence_size and share_prefixes back as they were, or set "
+                "exp_manager.resume_if_exists: False"
+            )
+        if saved.get("sweep", self._points()) != self._points():
+            raise UserError(
+                "the checkpoint to go on from was made with other points: put model.peft.sweep "
+                "back as it was (points in their order, their lr and weight_decay), or set "
                 "exp_manager.resume_if_exists: False"
             )
         self.seconds_before = saved["seconds"]

@@ -101,19 +101,7 @@ class TrainedState:
         return sorted({key for keys in found for key in keys})
 
     def load_optimizer(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-        """Takes this process's share of what `of_optimizer` gave under any layout.
-
-        Raises:
-            UserError: for the state of an optimizer with more or fewer groups: a sweep's points
-                have their own.
-        """
-        own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
-        if len(groups) != len(own):
-            raise UserError(
-                f"the checkpoint to go on from has {len(groups)} groups of learning rates, this "
-                f"run {len(own)}: put model.peft.sweep back as it was, or set "
-                f"exp_manager.resume_if_exists: False"
-            )
+        """Takes this process's share of what `of_optimizer` gave under any layout."""
         numbers = {
             id(parameter): number
             for number, parameter in enumerate(
@@ -128,8 +116,9 @@ class TrainedState:
             for name, values in saved["state"].items()
             if name in self.trained
         }
+        own = optimizer.state_dict()["param_groups"]
         groups = [
             {**settings, "params": group["params"]}
-            for settings, group in zip(groups, own, strict=True)
+            for settings, group in zip(saved["param_groups"], own, strict=True)
         ]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

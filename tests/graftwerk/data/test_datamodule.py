@@ -282,6 +282,7 @@ def test_the_report_counts_what_was_cut_and_dropped(config):
         ("task_templates", [], ["task_templates", "empty"]),
         ("data.train_ds", ["/nowhere/x.jsonl"], ["train_ds", "/nowhere/x.jsonl", "data_prep"]),
         ("data.train_ds", [], ["nothing to train on"]),
+        ("data.share_prefixes", 1, ["share_prefixes=1", "auto, true, false"]),
     ],
 )
 def test_a_wrong_config_is_refused_by_key(config, key, value, words):

@@ -1,11 +1,12 @@
 """Tokens that a row costs, on real questions."""
 
+import numpy as np
 import pytest
 
 from graftwerk.data.packing_report import PackingReport
-from graftwerk.data.sampler import StepSampler
+from graftwerk.data.sampler import Mixture, StepSampler
 from graftwerk.data.trees import Groups, SortedRows
-from tests.graftwerk.data.rows import packed
+from tests.graftwerk.data.rows import packed, plain
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,13 @@ def test_squads_questions_cost_a_fraction_where_paragraphs_are_shared(
     assert report.packed == pytest.approx(186.9, rel=0.02)
     assert report.shared == pytest.approx(tokens, rel=0.05)
     assert report.trees == pytest.approx(trees, rel=0.1)
+
+
+def test_padded_and_row_wise_rows_are_drawn_from_the_same_mixture():
+    rows = plain([4] * 30 + [12] * 30)
+    mixture = Mixture([30, 30], [0.9, 0.1])
+    sampler = StepSampler(60, 6, seed=1, mixture=mixture)
+    batches = packed(rows, 12, micro_batch_size=2)
+    report = PackingReport.of(batches, sampler, np.arange(60))
+    assert report.packed == pytest.approx(0.9 * 4 + 0.1 * 12)
+    assert report.packed <= report.padded < 7  # drawn alike it would be above 9

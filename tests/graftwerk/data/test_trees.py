@@ -155,6 +155,12 @@ def test_another_label_moves_no_other_rows_loss(rows, chosen):
     assert all(before[n] == after[n] for n in before if n != number)
 
 
+def test_no_rows_make_no_trees_and_no_groups():
+    nothing = SortedRows.of([])
+    assert trees(nothing, 8) == []
+    assert len(Groups.of(nothing, 8)) == 0
+
+
 @settings(max_examples=60)
 @given(forests(), st.integers(0, 6), st.integers(1, 3))
 def test_groups_hold_each_row_once_and_fit_into_a_packed_row(rows, more, minimum):

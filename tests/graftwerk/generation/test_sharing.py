@@ -28,7 +28,7 @@ from graftwerk.adapters import (
 )
 from graftwerk.generation import Sampling, complete, generate
 from graftwerk.generation.reading import AHEAD
-from graftwerk.generation.sharing import FOREVER, MOST, Tree, batches, can_share, grow
+from graftwerk.generation.sharing import FOREVER, Tree, batches, can_share, grow
 from graftwerk.models import GPT
 from graftwerk.models.positions import visibility
 from tests.graftwerk.tiny import SHAPES, shake, tiny_gpt
@@ -252,7 +252,7 @@ def test_a_tree_holds_each_prompt_and_shows_each_token_what_is_before_it(rows, m
 
 
 def test_a_tree_reads_no_beginning_twice_that_its_rows_share():
-    (tree,) = grow([[*TRUNK, tip] for tip in range(40, 50)], hidden_size=32)
+    (tree,) = grow([[*TRUNK, tip] for tip in range(40, 50)], hidden_size=32, most=10)
     assert tree.tokens == [*TRUNK, *range(40, 50)]
     assert tree.end[:8] == [FOREVER] * 8
     assert tree.end[8:] == [*range(9, 18), FOREVER]
@@ -261,10 +261,10 @@ def test_a_tree_reads_no_beginning_twice_that_its_rows_share():
 def test_prompts_join_only_where_that_saves_more_than_it_costs():
     near = [[1] * 50 + [tip] for tip in (2, 3)]
     far = [[1] * 2 + [tip] * 300 for tip in (2, 3)]
-    assert len(grow(near, hidden_size=32)) == 1
-    assert len(grow(far, hidden_size=32)) == 2
-    assert len(grow(far, hidden_size=32 * 500)) == 1
-    assert len(grow([[1, 2]] * (2 * MOST + 1), hidden_size=32)) == 3
+    assert len(grow(near, hidden_size=32, most=9)) == 1
+    assert len(grow(far, hidden_size=32, most=9)) == 2
+    assert len(grow(far, hidden_size=32 * 500, most=9)) == 1
+    assert len(grow([[1, 2]] * 19, hidden_size=32, most=9)) == 3
 
 
 @settings(deadline=None, max_examples=40)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graftwerk.adapters import BottleneckConfig, LoRAConfig, Stack
-from graftwerk.training.loss import answer_loss
+from graftwerk.training.loss import label_losses
 from tests.graftwerk.tiny import SHAPES, shake, tiny_gpt
 
 
@@ -17,7 +17,7 @@ def test_two_branches_of_a_tree_give_the_loss_and_gradients_of_plain_rows(shape:
     end = torch.tensor([[8, 8, 8, 5, 5, 8, 8, 8]])
     at, labels = torch.tensor([2, 2, 3, 5, 6]), torch.tensor([4, 4, 5, 6, 7])
     tree = adapted(shape)
-    loss = answer_loss(tree(row, positions, end, select=at), labels, torch.ones(5))
+    loss = label_losses(tree(row, positions, end, select=at), labels, torch.ones(5)).sum()
     loss.backward()
 
     plain = adapted(shape)

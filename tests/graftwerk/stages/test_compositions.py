@@ -295,7 +295,7 @@ def test_a_fusion_that_was_killed_goes_on_to_the_same_bits(peft, files, tmp_path
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     temperatures = [value.item() for key, value in one.items() if key.endswith("temperature")]
-    assert temperatures == pytest.approx([50 - 0.05 * 11] * 4)  # 11 micro-batches of two rows
+    assert temperatures == pytest.approx([50 - 0.05 * 6] * 4)  # 6 steps, of 11 micro-batches
 
 
 def test_key_restore_path_goes_on_with_a_fusion(peft, files, tmp_path):

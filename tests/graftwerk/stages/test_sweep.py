@@ -210,11 +210,17 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(peft, tmp_path):
         assert {**one, "adapter": ""} == {**other, "adapter": ""}
 
 
-def test_adapters_that_were_trained_at_one_rate_do_not_go_on_as_a_sweep(peft):
-    both = wants(peft, adapter_names=["a", "b"], composition="Parallel(a, b)")
-    run_killed("peft", both, 4)
-    with pytest.raises(UserError, match=r"has 2 groups of learning rates, this run 4: put model\."):
-        learning.run("peft", wants(peft, sweep=[{"name": "a"}, {"name": "b"}]))
+@pytest.mark.parametrize("before", ["Parallel(a, b)", "turned round", "another decay"])
+def test_a_run_does_not_go_on_as_another_sweep(before, peft):
+    points = [{"name": "a", "weight_decay": 0.5}, {"name": "b"}]
+    first: dict[str, Any] = {"sweep": [*reversed(points)]}
+    if before == "Parallel(a, b)":
+        first = {"adapter_names": ["a", "b"], "composition": before}
+    elif before == "another decay":
+        first = {"sweep": [{"name": "a", "weight_decay": 0.25}, points[1]]}
+    run_killed("peft", wants(peft, **first), 4)
+    with pytest.raises(UserError, match=r"made with other points: put model\.peft\.sweep back"):
+        learning.run("peft", wants(peft, sweep=points))
 
 
 def test_a_complete_sweep_that_is_started_again_leaves_the_same(peft):

@@ -12,7 +12,7 @@ from graftwerk.data.question_answering import SpanEncoder
 from graftwerk.data.seq2seq import Seq2SeqEncoder
 from graftwerk.data.templates import TaskTemplate
 from graftwerk.data.tokenizers import build_tokenizer
-from graftwerk.training.loss import answer_loss
+from graftwerk.training.loss import label_losses
 from tests.graftwerk.tiny_families import TEMPLATE, WORDS, bert_tokenizer, task_rows
 
 ROWS = task_rows(6, 0)
@@ -21,7 +21,7 @@ TASK = TaskTemplate("mark", TEMPLATE)
 
 def summed(model, examples: list[Example], pad: int = 0) -> torch.Tensor:
     batch = collate(examples, pad)
-    return answer_loss(model(**batch.inputs()), batch.labels, batch.weights)
+    return label_losses(model(**batch.inputs()), batch.labels, batch.weights).sum()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_filler_of_spans_has_no_loss_and_no_gradient(bert):
     typed = examples[0].token_types is not None
     filler = Example([0], token_types=[0] if typed else None, span=(0, 0))
     batch = collate([], filler=filler)
-    loss = answer_loss(model(**batch.inputs()), batch.labels, batch.weights)
+    loss = label_losses(model(**batch.inputs()), batch.labels, batch.weights).sum()
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert loss == 0

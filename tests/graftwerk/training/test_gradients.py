@@ -1,6 +1,7 @@
 """The flat gradient buffer and the loss, by their formulas."""
 
 import math
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import Parameter
 
 from graftwerk.data.dataset import Batch
 from graftwerk.training.gradients import GradientBucket
-from graftwerk.training.loss import answer_loss, label_losses
+from graftwerk.training.loss import label_losses
 from graftwerk.training.module import LearningModule, TrainingSettings, step_seed
 from tests.graftwerk.tiny import SHAPES, tiny_gpt
 
@@ -47,7 +48,7 @@ def test_a_norm_under_the_limit_stays():
 def test_the_loss_is_the_weighted_sum_of_negative_log_likelihoods():
     """A label that occurs twice counts twice; uniform logits cost log V each."""
     logits = torch.zeros(3, 8, dtype=torch.bfloat16)
-    loss = answer_loss(logits, torch.tensor([1, 1, 5]), torch.tensor([1.0, 2.0, 0.5]))
+    loss = label_losses(logits, torch.tensor([1, 1, 5]), torch.tensor([1.0, 2.0, 0.5])).sum()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(3.5 * math.log(8))
 
@@ -55,7 +56,7 @@ def test_the_loss_is_the_weighted_sum_of_negative_log_likelihoods():
 def test_no_labels_cost_nothing():
     empty = torch.zeros(0, dtype=torch.int64)
     logits = torch.zeros(0, 8, requires_grad=True)
-    loss = answer_loss(logits, empty, torch.zeros(0))
+    loss = label_losses(logits, empty, torch.zeros(0)).sum()
     loss.backward()
     assert loss.item() == 0
 
@@ -70,7 +71,7 @@ def test_a_module_scores_many_labels_in_runs():
         patch("graftwerk.models.scoring.AT_ONCE", 4 * model.config.vocab_size),
         patch("graftwerk.training.module.label_losses", wraps=label_losses) as scored,
     ):
-        found = module._label_losses(batch)
+        found = module._label_losses(partial(model, **batch.inputs()), batch, None)
     assert [len(call.args[0]) for call in scored.call_args_list] == [4, 2]
     torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
 
