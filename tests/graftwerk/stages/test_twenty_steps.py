@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from graftwerk.parallel.placement import Placement
@@ -57,6 +58,8 @@ OPTIMIZERS = {
 def hashes(module: LearningModule, trained: bool) -> dict[str, str]:
     """Of what a process holds: names, with the place among tensor-parallel ranks where split."""
     placement, found = module.placement, {}
+    if isinstance(module.model, FSDPModule):
+        module.model.reshard()  # what the last pass has left whole
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad == trained and placement.here(parameter):
             whole = layout_of(parameter).dim is None
