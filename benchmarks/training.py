@@ -13,6 +13,7 @@ Every variant is a process of its own with its own libraries. They take turns, r
 each says its seconds, CPU seconds and peak memory: medians, and the spread of the rounds. A peer
 writes its adapter, away from its values at birth, and ours reads it; all losses on the rows have to
 agree before anything is timed, to 1e-5 with a peer and 1e-6 among ours, else the exit code is 1.
+All are in memory at one time: `--peers` leaves some out.
 
 The ceiling is what counted operations of matrices and attention allow over the first peer padded,
 where every operation takes as long. Each process measures large products of matrices behind its
@@ -132,6 +133,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--setup", action="store_true", help="install their libraries")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["gpt2"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["lora"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[*PEERS], help="all, or these")
     parser.add_argument("--paragraphs", type=int, default=8, help="0: all of the file")
     parser.add_argument("--step", type=int, default=8, help="paragraphs of a step")
     parser.add_argument("--plain", type=int, metavar="TOKENS", help="16 rows of one length instead")
@@ -258,7 +260,7 @@ def measured(
     folder: str, shape: str, method: str, counts: dict[str, int], arguments: argparse.Namespace
 ) -> bool:
     """One table; whether the losses agree."""
-    peers = METHODS[method]
+    peers = tuple(peer for peer in METHODS[method] if peer in arguments.peers)
     case = Case(folder, method, peers, "", "", arguments.threads, length=arguments.length)
     # The peers first: ours reads what they write.
     variants = [(peer, variant) for peer in peers for variant in THEIRS[peer]]
