@@ -111,7 +111,7 @@ def main() -> int:
         return 0
     if arguments.setup:
         return setup()
-    for name in {peer for method in arguments.method for peer in METHODS[method]}:
+    for name in {p for method in arguments.method for p in peers_of(method, arguments)}:
         if not (PEERS[name][0] / "bin/python").exists():
             print(f"{name} is not there: run benchmarks/training.py --setup", file=sys.stderr)
             return 2
@@ -122,6 +122,11 @@ def main() -> int:
             for method in arguments.method:
                 right = measured(folder, shape, method, counts, arguments) and right
     return 0 if right else 1
+
+
+def peers_of(method: str, arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Those that stand beside ours: that have the method, and are asked for."""
+    return tuple(peer for peer in METHODS[method] if peer in arguments.peers)
 
 
 def parsed() -> argparse.Namespace:
@@ -145,6 +150,9 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not (arguments.setup or arguments.worker or arguments.tokenizer):
         parser.error("name a SQuAD file and the folder of GPT-2's tokenizer, or give --setup")
+    for method in arguments.method:
+        if not peers_of(method, arguments):
+            parser.error(f"--method {method} is known by {', '.join(METHODS[method])} of --peers")
     return arguments
 
 
@@ -260,7 +268,7 @@ def measured(
     folder: str, shape: str, method: str, counts: dict[str, int], arguments: argparse.Namespace
 ) -> bool:
     """One table; whether the losses agree."""
-    peers = tuple(peer for peer in METHODS[method] if peer in arguments.peers)
+    peers = peers_of(method, arguments)
     case = Case(folder, method, peers, "", "", arguments.threads, length=arguments.length)
     # The peers first: ours reads what they write.
     variants = [(peer, variant) for peer in peers for variant in THEIRS[peer]]
