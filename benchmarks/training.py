@@ -292,6 +292,7 @@ def measured(
             return False
         found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
         for number in range(arguments.rounds + 1):
+            print(f"round {number} of {arguments.rounds}; 0 is not timed", file=sys.stderr)
             for place in range(len(workers)):
                 worker = workers[(place + number) % len(workers)]
                 taken = worker.ask("step" if number else "count")  # which warms up, too
