@@ -48,7 +48,9 @@ class SortedRows:
 
     def cut(self, start: int, stop: int, floor: int) -> np.ndarray:
         """[runs + 1] where runs of rows begin of which neighbours have `floor` tokens in common;
-        the last is `stop`."""
+        the last is `stop`. No rows have no run."""
+        if start == stop:
+            return np.array([stop])
         edges = start + 1 + np.flatnonzero(self.common[start + 1 : stop] < floor)
         return np.concatenate([[start], edges, [stop]])
 
@@ -96,8 +98,6 @@ def trees(rows: SortedRows, size: int, minimum: int = MINIMUM) -> list[tuple[int
     A tree that is larger is cut into as many as repeat the fewest tokens.
     """
     found: list[tuple[int, int]] = []
-    if not len(rows.order):
-        return found
     for start, stop in pairwise(rows.cut(0, len(rows.order), minimum).tolist()):
         fits = rows.tokens(start, stop) <= size
         found += [(start, stop)] if fits else _fitting(rows, start, stop, size)
@@ -140,8 +140,7 @@ class Groups:
 
         One that does not is split at its root, so that what all rows begin with binds none.
         """
-        found = [np.arange(0)]
-        waiting = [(0, len(rows.order), minimum)] if len(rows.order) else []
+        found, waiting = [np.arange(0)], [(0, len(rows.order), minimum)]
         while waiting:
             edges = rows.cut(*waiting.pop())
             starts, stops = edges[:-1], edges[1:]

@@ -28,9 +28,8 @@ from graftwerk.models.scoring import Score
 from graftwerk.parallel.mesh import Mesh
 
 META = torch.device("meta")
-Answer = Callable[
-    ..., Tensor
-]  # what a model says to a micro-batch, or what its `score` makes of it
+# A model's forward pass of a micro-batch, up to its `score`.
+Answer = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -227,15 +226,15 @@ class Pipeline:
     def _forward_all(self, *args: Any, **kwargs: Any) -> Tensor:
         """The model's forward pass over all stages: the result, on every one of them."""
         inputs = dict(self._signature.bind(*args, **kwargs).arguments)
-        result = None
+        result, scored = None, inputs.get("score") is not None
+        dtype = torch.float32 if scored else self._logits_dtype()
         if self._takes_part(inputs):
             made = self._through(inputs, self._receive(inputs))
             if self.last:
-                result = made[0] if inputs.get("score") is None else made[0].float()
+                result = made[0].to(dtype)
             else:
                 self._send(made, self.rank + 1, "forward")
-        scores = inputs.get("score") is not None
-        result = self._from_last(result, torch.float32 if scores else self._logits_dtype())
+        result = self._from_last(result, dtype)
         self._finish()
         return result
 

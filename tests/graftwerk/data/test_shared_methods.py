@@ -185,17 +185,17 @@ def test_another_question_moves_no_other_questions_loss(active):
     model = adapted("gpt2", **({active: ALL[active]} if active in ALL else BESIDE))
     if isinstance(active, Fuse):
         model.add_fusion("a,b", FusionConfig())
-    model.set_active(active)
+    model.double().set_active(active)
     how = {"minimum": 1, "prompt": model.virtual_tokens if model.plan.own_prompts else 0}
 
     for share in (False, True) if bound_to_texts(model) is None else (False,):
         before = losses(model, rows, packed(rows, 40, share, **how))
         assert len(before) == len(QUESTIONS)
-        for number in (1, 4):
+        for number in range(len(QUESTIONS)):
             changed = relabelled(rows, number, token=60)
             after = losses(model, changed, packed(changed, 40, share, **how))
             assert before[number] != after[number]
-            others = {n: pytest.approx(loss, rel=1e-6) for n, loss in before.items() if n != number}
+            others = {n: pytest.approx(loss, abs=2e-6) for n, loss in before.items() if n != number}
             assert {n: after[n] for n in others} == others
 
 
