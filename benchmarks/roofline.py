@@ -84,7 +84,7 @@ def main() -> int:
         for variant in (variant for device, variant in TARGETS if device == arguments.device):
             given = argparse.Namespace(**vars(arguments))
             given.plain = arguments.plain if variant == "padded" else None
-            counts = training.write_rows(folder, given)
+            [counts] = training.write_rows(folder, given)
             print(f"{ROWS[variant]}: {counts}", file=sys.stderr)
             peers = ("peft",) if variant == "padded" and beside_peft(arguments) else ()
             case = training.Case(

@@ -13,7 +13,9 @@ Every variant is a process of its own with its own libraries. They take turns, r
 each says its seconds, CPU seconds and peak memory: medians, and the spread of the rounds. A peer
 writes its adapter, away from its values at birth, and ours reads it; all losses on the rows have to
 agree before anything is timed, to 1e-5 with a peer and 1e-6 among ours, else the exit code is 1.
-All are in memory at one time: `--peers` leaves some out.
+All are in memory at one time: `--peers` and `--ours` leave some out. With `--deal` the rounds are
+one pass: each takes its share of the steps, all variants the same; losses are compared, and
+operations counted, over the first share.
 
 The ceiling is what counted operations of matrices and attention allow over the first peer padded,
 where every operation takes as long. Each process measures large products of matrices behind its
@@ -85,7 +87,8 @@ class Case:
 
     `folder` holds the base, `rows.json` (steps of rows, each its tokens and [position, token] of
     its labels) and the peers' adapters; without peers ours trains a new LoRA. `length`: the most
-    tokens of a packed row. Device and type of the base are ours alone.
+    tokens of a packed row. A pass takes the next of so many `shares` of the steps. Device and type
+    of the base are ours alone.
     """
 
     folder: str
@@ -96,6 +99,7 @@ class Case:
     threads: int
     micro_batch: int = 8
     length: int = 1024
+    shares: int = 1
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -118,7 +122,12 @@ def main() -> int:
     right = True
     for shape in arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
-            counts = write_inputs(Path(folder), shape, arguments)
+            write_base(Path(folder), shape, arguments.seed)
+            shares = arguments.rounds if arguments.deal else 1
+            counts = write_rows(Path(folder), arguments, shares)
+            if not all(share["rows"] for share in counts):
+                print(f"{shares} rounds are dealt fewer steps: see --paragraphs", file=sys.stderr)
+                return 2
             for method in arguments.method:
                 right = measured(folder, shape, method, counts, arguments) and right
     return 0 if right else 1
@@ -139,11 +148,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["gpt2"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["lora"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[*PEERS], help="all, or these")
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=[*OURS], help="all, or these")
     parser.add_argument("--paragraphs", type=int, default=8, help="0: all of the file")
     parser.add_argument("--step", type=int, default=8, help="paragraphs of a step")
     parser.add_argument("--plain", type=int, metavar="TOKENS", help="16 rows of one length instead")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--deal", action="store_true", help="all rounds together are one pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -168,12 +179,6 @@ def setup() -> int:
 # ---- inputs
 
 
-def write_inputs(folder: Path, shape: str, arguments: argparse.Namespace) -> dict[str, int]:
-    """Base and rows; returns how many rows there are, and tokens in them."""
-    write_base(folder, shape, arguments.seed)
-    return write_rows(folder, arguments)
-
-
 def write_base(folder: Path, shape: str, seed: int, dtype: str = "float32") -> None:
     """A base with random weights, by transformers."""
     import torch
@@ -186,8 +191,11 @@ def write_base(folder: Path, shape: str, seed: int, dtype: str = "float32") -> N
     model.save_pretrained(folder / "base")
 
 
-def write_rows(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
-    """The rows, drawn from torch's random state; returns how many there are, and tokens in them."""
+def write_rows(
+    folder: Path, arguments: argparse.Namespace, shares: int = 1
+) -> list[dict[str, int]]:
+    """The rows, drawn from torch's random state; returns how many each share of the steps has, and
+    tokens in them."""
     import torch
 
     paragraphs = read_paragraphs(folder, arguments.squad, arguments.tokenizer)
@@ -204,8 +212,8 @@ def write_rows(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
         rows = [row for rows in taken[start : start + arguments.step] for row in rows]
         steps.append([rows[number] for number in torch.randperm(len(rows)).tolist()])
     (folder / "rows.json").write_text(json.dumps(steps))
-    flat = [tokens for rows in steps for tokens, _ in rows]
-    return {"rows": len(flat), "tokens": sum(map(len, flat)), "paragraphs": len(taken)}
+    dealt = [[tokens for rows in steps[n::shares] for tokens, _ in rows] for n in range(shares)]
+    return [{"rows": len(rows), "tokens": sum(map(len, rows))} for rows in dealt]
 
 
 def read_paragraphs(folder: Path, squad: Path, tokenizer: Path) -> list[list[Any]]:
@@ -265,14 +273,19 @@ class Worker:
 
 
 def measured(
-    folder: str, shape: str, method: str, counts: dict[str, int], arguments: argparse.Namespace
+    folder: str,
+    shape: str,
+    method: str,
+    counts: list[dict[str, int]],
+    arguments: argparse.Namespace,
 ) -> bool:
     """One table; whether the losses agree."""
     peers = peers_of(method, arguments)
     case = Case(folder, method, peers, "", "", arguments.threads, length=arguments.length)
+    case = replace(case, shares=len(counts))
     # The peers first: ours reads what they write.
     variants = [(peer, variant) for peer in peers for variant in THEIRS[peer]]
-    variants += [("ours", variant) for variant in OURS]
+    variants += [("ours", variant) for variant in arguments.ours]
     if arguments.plain:
         variants = [(side, variant) for side, variant in variants if variant == "padded"]
     workers = []
@@ -281,10 +294,11 @@ def measured(
             workers.append(Worker(replace(case, side=side, variant=variant)))
         said = {worker.name: worker.says for worker in workers}
         apart = disagreement(said, peers)
-        print(f"\n{shape}, {method}, {counts}, {arguments.threads} threads\n")
+        total = {name: sum(share[name] for share in counts) for name in counts[0]}
+        print(f"\n{shape}, {method}, {total}, {arguments.threads} threads\n")
         print("; ".join(f"{name}: {says['version']}" for name, says in said.items()))
         print(
-            "losses, relative to ours padded: "
+            f"losses, relative to ours {arguments.ours[0]}: "
             + ", ".join(f"{k} {v:.1e}" for k, v in apart.items())
         )
         if wrong := [name for name, (value, most) in limits(apart).items() if value > most]:
@@ -296,6 +310,7 @@ def measured(
             for place in range(len(workers)):
                 worker = workers[(place + number) % len(workers)]
                 taken = worker.ask("step" if number else "count")  # which warms up, too
+                print(f"  {worker.name}: {taken}", file=sys.stderr)
                 if number:
                     found[worker.name].append(taken)
                 else:
@@ -308,12 +323,12 @@ def measured(
 
 
 def disagreement(said: dict[str, dict[str, Any]], peers: tuple[str, ...]) -> dict[str, float]:
-    """How far each variant's loss is from that of ours, padded; relative to it."""
-    apart = {}
+    """How far each variant's loss is from that of our first one; relative to it."""
+    apart, first = {}, next(name for name in said if name.startswith("ours"))
     for peer in peers:
-        mine = said["ours padded"]["loss"][peer]
+        mine = said[first]["loss"][peer]
         for name, says in said.items():
-            if name.startswith(("ours", peer)) and name != "ours padded":
+            if name.startswith(("ours", peer)) and name != first:
                 apart[f"{name} ({peer}'s)"] = abs(says["loss"][peer] - mine) / mine
     return apart
 
@@ -325,7 +340,7 @@ def limits(apart: dict[str, float]) -> dict[str, tuple[float, float]]:
 def table(
     found: dict[str, list[dict[str, Any]]],
     said: dict[str, dict[str, Any]],
-    counts: dict[str, int],
+    counts: list[dict[str, int]],
     first: str,
 ) -> str:
     """Medians of the rounds; ratios are those to the first variant in the same round."""
@@ -334,22 +349,25 @@ def table(
         "question | GFLOP/s (of matrices alone) | CPU seconds a question | peak GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    rows, flops = counts["rows"], {name: says["flops"] for name, says in said.items()}
+    flops = {name: says["flops"] / counts[0]["rows"] for name, says in said.items()}  # a question
     for name, rounds in found.items():
-        seconds = statistics.median(taken["seconds"] for taken in rounds)
+        shares = [counts[number % len(counts)] for number in range(len(rounds))]
+        timed = list(zip(shares, rounds, strict=True))
+        rate = statistics.median(share["rows"] / taken["seconds"] for share, taken in timed)
+        tokens = statistics.median(share["tokens"] / taken["seconds"] for share, taken in timed)
         pairs = zip(found[first], rounds, strict=True)
         ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
-        cpu = statistics.median(taken["cpu"] for taken in rounds)
+        cpu = statistics.median(taken["cpu"] / share["rows"] for share, taken in timed)
         peak = max(taken["peak"] for taken in rounds)
-        share = statistics.median(
-            flops[name] / taken["seconds"] / taken["matrices"] for taken in rounds
+        reached = statistics.median(
+            flops[name] * share["rows"] / taken["seconds"] / taken["matrices"]
+            for share, taken in timed
         )
         lines.append(
-            f"| {name} | {rows / seconds:.2f} | {counts['tokens'] / seconds:.0f} "
-            f"| {spread(ratios, '.2f')} "
-            f"| {flops[first] / flops[name]:.2f} | {flops[name] / rows / 1e9:.1f} "
-            f"| {flops[name] / seconds / 1e9:.0f} ({share:.0%}) "
-            f"| {cpu / rows:.3f} | {peak / 1e9:.2f} |"
+            f"| {name} | {rate:.2f} | {tokens:.0f} | {spread(ratios, '.2f')} "
+            f"| {flops[first] / flops[name]:.2f} | {flops[name] / 1e9:.1f} "
+            f"| {flops[name] * rate / 1e9:.0f} ({reached:.0%}) "
+            f"| {cpu:.3f} | {peak / 1e9:.2f} |"
         )
     return "\n".join(lines)
 

@@ -39,30 +39,31 @@ def work(case: "Case") -> None:
     side(case, steps, answer)
 
 
-def asked(steps: Any, answer: Answer, case: "Case") -> Iterator[Any]:
-    """The steps again and again, as often as is asked; what is asked for is answered.
+def asked(share: Callable[[int], Any], answer: Answer, case: "Case") -> Iterator[Any]:
+    """Steps again and again, as often as is asked; what is asked for is answered.
 
-    `step`: what they cost. `count`: their operations. `alone`: the same calls, each by itself.
-    `trace`: seconds by groups of operators.
+    `step`: what the next share of them costs. `count`: operations of the first. `alone`: the same
+    calls, each by itself. `trace`: seconds by groups of operators.
     """
-    device, counted = case.device, Operations()
+    device, counted, turn = case.device, Operations(), 0
     for line in sys.stdin:
         what, groups = line.strip(), {}
         if what == "count":
             counted = Operations()
             with counted:
-                yield from steps
+                yield from share(0)
             answer({"flops": counted.flops})
         elif what == "alone":
             answer({"calls": alone(counted.calls, device)})
         elif what == "trace":
             with traced(groups, device):
-                yield from steps
+                yield from share(0)
             answer(groups)
         else:
             forget_peak(device)
             wall, cpu = time.perf_counter(), time.process_time()
-            yield from steps
+            yield from share(turn % case.shares)
+            turn += 1
             synchronise(device)
             seconds = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             memory = peak(device)
@@ -94,20 +95,20 @@ def ours(case: "Case", steps: list[Rows], answer: Answer) -> None:
         with torch.no_grad():
             losses[peer] = sum(
                 label_losses(model(**micro.inputs()), micro.labels, micro.weights).sum().item()
-                for step in batches
+                for step in batches.share(0)
                 for micro in step
             )
     model.train_only([first])
     answer({"loss": losses, "version": f"torch {torch.__version__}", **formulas(model, batches)})
-    fit(model, Asked(batches, answer, case), case.device)
+    fit(model, Asked(batches.share, answer, case), case.device)
 
 
 def formulas(model: Any, batches: "Steps") -> dict[str, float]:
-    """Operations of a pass over the steps as shapes have them: all, and those that are of use."""
+    """Operations of the first share of the steps as shapes have them: all, and those that are of use."""
     from graftwerk.models.flops import Training, Work
 
     training, kind = Training.of(model), model.config.architecture
-    micros = [micro for step in batches for micro in step]
+    micros = [micro for step in batches.share(0) for micro in step]
     works = {
         "formula": [Work.of(micro.inputs()) for micro in micros],
         "useful": [Work.useful(micro.inputs(), micro.num_tokens, kind) for micro in micros],
@@ -148,7 +149,7 @@ class Steps:
         from graftwerk.data.sampler import Step
 
         self.rows = [row for rows in steps for row in rows]
-        self.filler = Example([0])
+        self.filler, self.shares = Example([0]), case.shares
         data: Any = self
         if case.variant == "padded":
             self.batches = PaddedBatches(data, 0, 1, case.micro_batch)
@@ -160,8 +161,8 @@ class Steps:
             self.steps.append(Step(list(range(first, first + len(rows))), first))
             first += len(rows)
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self.batches[step] for step in self.steps)
+    def share(self, number: int) -> Iterator[Any]:
+        return (self.batches[step] for step in self.steps[number :: self.shares])
 
     def __getitem__(self, number: int) -> Any:
         from graftwerk.data.encoding import Example, Label
@@ -181,11 +182,11 @@ class Steps:
 class Asked:
     """What Lightning takes for a loader: it waits until a pass over the steps is asked for."""
 
-    def __init__(self, steps: Any, answer: Answer, case: "Case"):
-        self.steps, self.answer, self.case = steps, answer, case
+    def __init__(self, share: Callable[[int], Any], answer: Answer, case: "Case"):
+        self.share, self.answer, self.case = share, answer, case
 
     def __iter__(self) -> Iterator[Any]:
-        return asked(self.steps, self.answer, self.case)
+        return asked(self.share, self.answer, self.case)
 
     def __len__(self) -> int:
         return 1 << 40  # known, or Lightning would fetch one step ahead
@@ -299,12 +300,12 @@ def train(
 
     with torch.no_grad():
         model.eval()
-        total = sum(loss.item() for rows in examples for loss in losses(rows))
+        total = sum(loss.item() for rows in examples[:: case.shares] for loss in losses(rows))
     answer({"loss": {case.side: total}, "version": version})
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
-    for rows in asked(examples, answer, case):
+    for rows in asked(lambda number: examples[number :: case.shares], answer, case):
         for loss in losses(rows):
             loss.backward()
         optimizer.step()
