@@ -104,7 +104,7 @@ def ours(case: "Case", steps: list[Rows], answer: Answer) -> None:
 
 
 def formulas(model: Any, batches: "Steps") -> dict[str, float]:
-    """Operations of the first share of the steps as shapes have them: all, and those that are of use."""
+    """Operations of the first share of the steps as shapes have them: all, and useful ones."""
     from graftwerk.models.flops import Training, Work
 
     training, kind = Training.of(model), model.config.architecture

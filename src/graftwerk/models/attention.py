@@ -187,9 +187,11 @@ class CrossAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, context: Context
     ) -> Tensor:
         """As in `Attention`, over the keys and values of encoder states."""
-        flow, mask = context.flow, context.states_mask
+        flow, mask, blocks = context.flow, context.states_mask, context.states_blocks
         if self.prefix.asks in flow.actions:
             key, value, mask = put_prefix(self.prefix, flow, x, key, value, mask, causal=False)
+        elif blocks is not None and blocks.whole is not None:
+            return blocks.attend(query, key, value, blocks.whole, self.scale)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from graftwerk.adapters.texts import Texts
 from graftwerk.models.cache import Grid, KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context, runs_within
-from graftwerk.models.flex import Blocks
+from graftwerk.models.flex import Blocks, suits
 from graftwerk.models.layers import Embedding
 from graftwerk.models.positions import neighbours, rotary_angles, visibility, within
 from graftwerk.models.scoring import Score, scored
@@ -44,7 +44,13 @@ class Start:
 
 
 class Transformer(AdapterModel):
-    """A model with slots, an embedding and maybe an output layer."""
+    """A model with slots, an embedding and maybe an output layer.
+
+    `attention` says by what packed rows attend: `flex` by FlexAttention, where it knows what is
+    asked for, `sdpa` by torch's other kernels; `auto`: by FlexAttention where it is compiled.
+    """
+
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -71,6 +77,14 @@ class Transformer(AdapterModel):
         """Columns of prompts that the model puts before each row; texts of packed rows may have
         room for their own, behind which they stand."""
         return 0 if packed and self.plan.own_prompts else self.plan.virtual_tokens
+
+    def flexes(self, tokens: Tensor) -> bool:
+        """Whether a pass over rows [B, S], without a cache, masks them for FlexAttention."""
+        wanted = self.attention == "auto" and suits(tokens, self.config)
+        if not wanted and self.attention != "flex":
+            return False
+        drops = self.training and self.config.attention_dropout > 0
+        return not drops and not any(key.endswith("prefix") for key in self.plan.actions)
 
     def texts(self, documents: Tensor | None, prompt: int = 0) -> Texts | None:
         """The texts of packed rows as slots are told them; None where nothing active asks.
@@ -260,7 +274,7 @@ def decoder_context(
     window = config.window_size if config.window_size < seen else 0
     context.causal = not masked and new > 1
     if flex and (masked or window):
-        context.blocks = Blocks(batch, end, positions, window)
+        context.blocks = Blocks.causal(batch, end, positions, window)
     elif masked:
         context.mask = visibility(visible, new)
         relative = config.position_embedding_type == "relative"  # whose scores are of whole rows

@@ -30,7 +30,8 @@ class Context:
     which text each token is of, as in the models' arguments; neither: a row is one. `runs` are the
     columns of all rows, one row after the other, in runs that do not see each other: how many, and
     the mask within them, None where it is plain causal; None: rows are not taken apart. `blocks`
-    stand for `mask` and `window_mask` where FlexAttention reads them.
+    stand for `mask`, `window_mask` and `scores` where FlexAttention reads them, `states_blocks` for
+    `states_mask`.
     """
 
     positions: Tensor
@@ -49,6 +50,7 @@ class Context:
     end: Tensor | None = None
     runs: list[tuple[int, Tensor | None]] | None = None
     blocks: Blocks | None = None
+    states_blocks: Blocks | None = None
 
     def widened(self, n: int) -> "Context":
         """The context of a batch that is repeated `n` times.
@@ -73,7 +75,8 @@ class Context:
             documents=widen(self.documents, n),
             end=widen(self.end, n),
             runs=None if self.runs is None else self.runs * n,
-            blocks=None if self.blocks is None else self.blocks.widened(n),
+            blocks=self.blocks and self.blocks.widened(n),
+            states_blocks=self.states_blocks and self.states_blocks.widened(n),
         )
 
     def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:

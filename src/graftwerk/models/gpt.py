@@ -1,7 +1,5 @@
 """The decoder-only model: GPT-2, LLaMA and their kin by `TransformerConfig` alone."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,19 +15,12 @@ from graftwerk.models.base import (
 )
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
-from graftwerk.models.flex import suits
 from graftwerk.models.layers import Layers
 from graftwerk.models.scoring import Score
 
 
 class GPT(Transformer):
-    """A GPT with slots. Weights are random until a checkpoint is read into it.
-
-    `attention` says by what masked rows attend: `flex` by FlexAttention, where it knows what is
-    asked for, `sdpa` by torch's other kernels; `auto`: by FlexAttention where it is compiled.
-    """
-
-    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    """A GPT with slots. Weights are random until a checkpoint is read into it."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
@@ -117,7 +108,7 @@ class GPT(Transformer):
         elif virtual or plan.shift:
             arguments = with_virtual(virtual, plan.shift, tokens, positions, end, None, held)
             tokens, positions, end, _ = arguments
-        flex = cache is None and self._flexes(tokens)
+        flex = cache is None and self.flexes(tokens)
         context = decoder_context(self.config, self.dtype, tokens, positions, end, cache, flex)
         rows = cache and cache.rows
         context.flow = self.flow(task_ids, record, rows, held - virtual, chance, texts)
@@ -127,14 +118,6 @@ class GPT(Transformer):
             tokens = tokens.repeat(plan.width, 1)
             context = context.widened(plan.width)
         return Start(tokens, context, 0 if held else virtual)
-
-    def _flexes(self, tokens: Tensor) -> bool:
-        """Whether a pass without a cache masks its rows for FlexAttention."""
-        wanted = self.attention == "auto" and suits(tokens, self.config)
-        if not wanted and self.attention != "flex":
-            return False
-        drops = self.training and self.config.attention_dropout > 0
-        return not drops and not any(key.endswith(".prefix") for key in self.plan.actions)
 
     def _texts(self, documents: Tensor, positions: Tensor | None, ahead: int) -> Texts:
         """What slots are told of packed rows or trees, before which `ahead` columns come."""

@@ -195,6 +195,11 @@ class RelativePosition(nn.Module):
         index = torch.arange(keys, device=self.weight.device)
         return self.scores((index - index[keys - queries :, None])[None])
 
+    def by_distance(self, length: int) -> Tensor:
+        """Scores [heads, 2 S - 1] of all distances in a row, key minus query, from -(S - 1) on."""
+        distance = torch.arange(1 - length, length, device=self.weight.device)
+        return self.scores(distance[None, None])[0, :, 0]
+
     def scores(self, distance: Tensor) -> Tensor:
         """Scores [B, heads, S, K] of distances [B, S, K], key minus query."""
         return self.weight[self.buckets(distance)].permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ from graftwerk.models.base import Start, Transformer, decoder_context
 from graftwerk.models.cache import KeyValueCache
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context
+from graftwerk.models.flex import Blocks
 from graftwerk.models.layers import Layers
 from graftwerk.models.positions import (
     FAR,
@@ -127,21 +128,17 @@ class T5(Transformer):
         The other arguments are those of `forward`.
         """
         plan, held = self.plan, cache.length if cache is not None else 0
-        context = decoder_context(self.config, self.dtype, tokens, positions, end, cache)
+        packed = documents is not None
+        flex = packed and cache is None and self.flexes(tokens)
+        context = decoder_context(self.config, self.dtype, tokens, positions, end, cache, flex)
         rows = cache.rows if cache is not None else None
         context.flow = self.flow(task_ids, record, rows, held, chance, self.texts(documents))
-        packed = documents is not None
         ahead = self.columns_ahead(packed)
         texts = self.texts(source_documents, plan.virtual_tokens) if packed else None
         context.source_flow = self.flow(task_ids, record, rows, -ahead, chance, texts)
         if states is not None:
             if source_documents is not None:
-                if documents is None:
-                    seen = (source_documents == 0)[:, None]
-                else:
-                    seen = of_documents(documents, source_documents)
-                seen = F.pad(seen, (ahead, 0), value=True)
-                context.states_mask = seen[:, None]
+                self._show_states(context, source_documents, documents, ahead, flex)
             if cache is not None:
                 cache.cross_mask = context.states_mask
         elif cache is not None:
@@ -211,21 +208,57 @@ class T5(Transformer):
         context = Context(positions, flow=flow)
         if documents is not None:
             context.documents = self.spoken(documents) if packed else documents
-            context.mask = same_document(documents, virtual)
-        if self.encoder.relative_position is not None:
-            context.relative = self.encoder.relative_position
-            context.scores = context.relative(source.shape[1], source.shape[1])
+            if packed and self.flexes(source):
+                context.blocks = Blocks.of_documents(documents, documents)
+            else:
+                context.mask = same_document(documents, virtual)
+        relative, length = self.encoder.relative_position, source.shape[1]
+        if relative is not None:
+            context.relative = relative
+            if context.blocks is not None:
+                context.blocks.bias = relative.by_distance(length)
+            else:
+                context.scores = relative(length, length)
         if plan.widen_at == -1:
             source = source.repeat(plan.width, 1)
             context = context.widened(plan.width)
         return Start(source, context, virtual)
 
+    def flexes(self, tokens: Tensor) -> bool:
+        """As of any model; a table of distances that is trained goes by masks: FlexAttention would
+        add up its gradient score by score."""
+        tables = self.encoder.relative_position, self.decoder.relative_position
+        trained = any(table is not None and table.weight.requires_grad for table in tables)
+        return not trained and super().flexes(tokens)
+
+    def _show_states(
+        self,
+        context: Context,
+        sources: Tensor,
+        documents: Tensor | None,
+        ahead: int,
+        flex: bool,
+    ) -> None:
+        """Says which encoder states the decoder sees; `ahead` of them are prompts'."""
+        if documents is None:
+            seen = (sources == 0)[:, None]
+        elif flex and self.flexes(sources):
+            context.states_blocks = Blocks.of_documents(documents, sources)
+            return
+        else:
+            seen = of_documents(documents, sources)
+        context.states_mask = F.pad(seen, (ahead, 0), value=True)[:, None]
+
     def _add_relative_scores(self, context: Context, new: int) -> None:
         relative = self.decoder.relative_position
         if relative is None:
+            return
+        context.relative = relative
+        if context.blocks is not None:
+            context.blocks.bias = relative.by_distance(new)
             return
         seen = context.cache.length if context.cache is not None else new
         if context.causal:
             end = torch.full((1, seen), seen, device=context.positions.device)
             context.mask, context.causal = visibility(end, new), False
-        context.relative, context.scores = relative, relative(new, seen)
+        context.scores = relative(new, seen)

@@ -1,8 +1,6 @@
 """FlexAttention of packed rows against masks. On a CPU torch runs it plainly, forward and back."""
 
 import shutil
-import warnings
-from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -18,21 +16,16 @@ from graftwerk.adapters import (
     ReftConfig,
     Stack,
 )
+from graftwerk.models import build_model
 from graftwerk.models.flex import Blocks
-from graftwerk.models.positions import visibility
+from graftwerk.models.positions import RelativePosition, of_documents, visibility
+from tests.graftwerk.models.flexible import gradients_on_a_cpu
+from tests.graftwerk.models.test_encoders import CONFIGS
 from tests.graftwerk.tiny import LLAMA, shake, tiny_gpt
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 LENGTH = 300  # three tiles, the last not full
 WINDOWED = replace(LLAMA, num_layers=2, window_size=40, window_layers=(1,))
-
-
-@contextmanager
-def gradients_on_a_cpu():
-    """torch refuses them there, though its plain form has them."""
-    with patch.object(torch_flex, "_validate_device", lambda *_: None), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is the plain form
-        yield
 
 
 def forest(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +64,7 @@ def forests(*seeds: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("window", [0, 30, 200])
 def test_tiles_hold_the_mask(seed: int, window: int):
     end, positions = forests(seed, seed + 100)
-    made = Blocks(2, end, positions, window).of(windowed=True)
+    made = Blocks.causal(2, end, positions, window).of(windowed=True)
     assert made is not None
     expected = visibility(end, LENGTH, positions if window else None, window)
     said = torch_flex.create_mask(made.mask_mod, 2, None, LENGTH, LENGTH, "cpu")
@@ -89,6 +82,50 @@ def test_tiles_hold_the_mask(seed: int, window: int):
                 m.full_kv_indices[row, 0, query_tile, :count].sort().values for m in (made, theirs)
             )
             assert torch.equal(one, other)
+
+
+def documents(seed: int, length: int) -> torch.Tensor:
+    """[1, length] of texts, some long, and maybe padding."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, length, (20,), generator=generator).tolist()
+    row = torch.cat([torch.full((size,), n) for n, size in enumerate(sizes)])[:length]
+    padding = int(torch.randint(0, length // 2, (), generator=generator))
+    row[length - padding * (seed % 2) :] = -1
+    return row[None]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("read", [0, 140, 400])
+def test_tiles_hold_the_documents(seed: int, read: int):
+    asking = torch.cat([documents(seed, LENGTH), documents(seed + 100, LENGTH)])
+    asked = torch.cat([documents(seed + n, read) for n in (7, 8)]) if read else asking
+    made = Blocks.of_documents(asking, asked).whole
+    assert made is not None
+    sizes = 2, None, LENGTH, asked.shape[1]
+    said = torch_flex.create_mask(made.mask_mod, *sizes, "cpu")
+    torch.testing.assert_close(said[:, 0], of_documents(asking, asked))
+    theirs = torch_flex.create_block_mask(made.mask_mod, *sizes, "cpu")
+    torch.testing.assert_close(made.to_dense(), theirs.to_dense())
+    assert torch.equal(made.full_kv_num_blocks, theirs.full_kv_num_blocks)
+
+
+def test_documents_in_no_order_are_seen_all():
+    asking = documents(3, LENGTH)
+    asked = asking[:, torch.randperm(LENGTH, generator=torch.Generator().manual_seed(0))]
+    made = Blocks.of_documents(asking, asked).whole
+    assert made is not None
+    theirs = torch_flex.create_block_mask(made.mask_mod, 1, None, LENGTH, LENGTH, "cpu")
+    assert not (theirs.to_dense().bool() & ~made.to_dense().bool()).any()
+
+
+def test_scores_of_distances_are_those_of_their_matrix():
+    torch.manual_seed(0)
+    for bidirectional in (True, False):
+        table = RelativePosition(CONFIGS["t5"], bidirectional)
+        by_distance = table.by_distance(LENGTH)
+        place = torch.arange(LENGTH)
+        matrix = by_distance[:, place - place[:, None] + LENGTH - 1]
+        assert torch.equal(matrix[None], table(LENGTH, LENGTH))
 
 
 def adapted(*configs, shape=WINDOWED, active="a"):
@@ -185,6 +222,40 @@ def test_other_texts_need_no_other_kernel():
     assert len(kernels) == 1
 
 
+def packed_t5() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A T5 with LoRA, and a pass of packed rows."""
+    torch.manual_seed(0)
+    model = build_model(replace(CONFIGS["t5"], hidden_size=64))
+    model.add_adapter("a", LoRAConfig(dim=4, target_modules=("all",)))
+    shake(model)
+    model.freeze_base()
+    model.set_active("a")
+    end, positions = forests(5, 6)
+    target = torch.cat([documents(5, LENGTH), documents(6, LENGTH)])
+    source = torch.cat([documents(7, 400), documents(8, 400)])
+    words = torch.Generator().manual_seed(1)
+    return model.eval(), {
+        "tokens": torch.randint(0, 60, target.shape, generator=words),
+        "positions": positions,
+        "end": end,
+        "documents": target,
+        "source": torch.randint(0, 60, source.shape, generator=words),
+        "source_documents": source,
+    }
+
+
+def test_a_table_that_is_trained_goes_by_masks():
+    model, inputs = packed_t5()
+    model.attention = "flex"
+    with patch.object(Blocks, "attend", autospec=True, side_effect=Blocks.attend) as attend:
+        with torch.no_grad():
+            model(**inputs)
+        assert attend.call_count == 2 + 3 * 2
+        model.requires_grad_(True)
+        model(**inputs)
+        assert attend.call_count == 2 + 3 * 2
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not COMPILER, reason="a C++ compiler is needed")
 @torch.no_grad()
@@ -198,3 +269,16 @@ def test_the_compiled_kernel_says_what_masks_say():
     compiled = torch.compile(torch_flex.flex_attention)
     with patch.dict("graftwerk.models.flex._kernels", {"cpu": compiled}):
         torch.testing.assert_close(model(tokens, positions, end), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not COMPILER, reason="a C++ compiler is needed")
+@torch.no_grad()
+def test_the_compiled_kernel_knows_documents_and_distances():
+    torch.compiler.reset()
+    model, inputs = packed_t5()
+    expected = model(**inputs)
+    model.attention = "flex"
+    compiled = torch.compile(torch_flex.flex_attention)
+    with patch.dict("graftwerk.models.flex._kernels", {"cpu": compiled}):
+        torch.testing.assert_close(model(**inputs), expected, rtol=1e-4, atol=1e-4)

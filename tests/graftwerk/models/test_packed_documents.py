@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ from graftwerk.data.encoding import Example, Label
 from graftwerk.data.micro_batches import PackedBatches, PaddedBatches
 from graftwerk.data.sampler import Step
 from graftwerk.models import build_model
+from graftwerk.models.flex import Blocks
 from graftwerk.training.copies import for_copies
 from graftwerk.training.loss import label_losses
 from tests.graftwerk.data.rows import VOCABULARY, assert_same
+from tests.graftwerk.models.flexible import gradients_on_a_cpu
 from tests.graftwerk.models.test_encoders import BERT_SHAPE, CONFIGS
 from tests.graftwerk.tiny import shake
 
@@ -150,3 +153,21 @@ def test_packed_rows_learn_as_padded_ones(shape: str, methods: str):
     # A gate of padded rows is a mean over padding too.
     padded = PaddedBatches(rows, 0, 1, 1 if methods in GATED else 3)[step]
     assert_same(learned(model, packed), learned(model, padded))
+
+
+@pytest.mark.parametrize("methods", ["lora", "many", "parallel", "gates", "split", "prompts"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flex_attention_learns_as_masks_do(shape: str, methods: str):
+    model = adapted(shape, methods)
+    family = model.config.architecture
+    rows = Rows(family)
+    step, size = Step(list(range(len(rows))), 0), (10, 20) if family == "t5" else (20,)
+    how = {"family": family, "prompt": model.virtual_tokens}
+    packed = PackedBatches(rows, 0, 1, 2, room=size, **how)[step]
+    expected = learned(model, packed)
+    model.attention = "flex"
+    calls = patch.object(Blocks, "attend", autospec=True, side_effect=Blocks.attend)
+    with calls as attend, gradients_on_a_cpu():
+        assert_same(learned(model, packed), expected)
+    attentions = model.config.num_layers + 2 * model.config.decoder_num_layers
+    assert attend.call_count == len(packed) * attentions
