@@ -87,7 +87,8 @@ class Attention(nn.Module):
         A prefix, which may be made from what goes into the attention, x [B, S, h], is seen too.
         """
         flow = context.flow
-        placed = context.relative is None or self.prefix.site.layer not in flow.unplaced
+        unplaced = context.relative is not None and flow.unplaced  # mostly empty: no layer's own
+        placed = not unplaced or self.prefix.site.layer not in unplaced
         mask, causal = context.seen(self.windowed) if placed else (context.mask, context.causal)
         if self.prefix.asks in flow.actions:
             relative = context.relative if placed else None

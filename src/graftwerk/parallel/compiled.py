@@ -87,7 +87,8 @@ def _compiled(layer: TransformerLayer, compiler: Callable[..., Any]) -> Callable
         flow = context.flow
         pairs = zip(keys, slots, strict=True)
         own = {slot.asks: flow.actions[key] for key, slot in pairs if key in flow.actions}
-        context = replace(context, flow=replace(flow, actions=own))
+        source_flow = replace(context.source_flow, actions=own)
+        context = replace(context, flow=replace(flow, actions=own), source_flow=source_flow)
         if flow.record is not None or context.cache is not None:
             return plain(x, context)
         if flow.chance is not None:

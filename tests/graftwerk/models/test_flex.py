@@ -222,18 +222,18 @@ def test_other_texts_need_no_other_kernel():
     assert len(kernels) == 1
 
 
-def packed_t5() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A T5 with LoRA, and a pass of packed rows."""
+def packed_t5(seed: int = 0) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A T5 with LoRA, and a pass of packed rows, which `seed` draws."""
     torch.manual_seed(0)
     model = build_model(replace(CONFIGS["t5"], hidden_size=64))
     model.add_adapter("a", LoRAConfig(dim=4, target_modules=("all",)))
     shake(model)
     model.freeze_base()
     model.set_active("a")
-    end, positions = forests(5, 6)
-    target = torch.cat([documents(5, LENGTH), documents(6, LENGTH)])
-    source = torch.cat([documents(7, 400), documents(8, 400)])
-    words = torch.Generator().manual_seed(1)
+    end, positions = forests(seed, seed + 1)
+    target = torch.cat([documents(seed + n, LENGTH) for n in (0, 1)])
+    source = torch.cat([documents(seed + n, 400) for n in (2, 3)])
+    words = torch.Generator().manual_seed(seed)
     return model.eval(), {
         "tokens": torch.randint(0, 60, target.shape, generator=words),
         "positions": positions,

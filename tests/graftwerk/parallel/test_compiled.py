@@ -16,6 +16,7 @@ from graftwerk.models import GPT
 from graftwerk.parallel.compiled import compile_layers, compiles
 from graftwerk.parallel.recompute import recompute
 from graftwerk.training.loss import label_losses
+from tests.graftwerk.models.test_flex import packed_t5
 from tests.graftwerk.tiny import LLAMA, shake, tiny_gpt
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -99,6 +100,31 @@ def test_a_change_of_what_is_active_is_followed():
         else:
             check_alike(step(compiled), step(plain))
     assert graphs.made > 3
+
+
+@torch.no_grad()
+def test_tiles_and_distances_are_within_the_graphs_of_layers():
+    plain, compiled, graphs = packed_t5()[0], packed_t5()[0], Graphs()
+    compiled.attention = "flex"
+    compile_layers(compiled, graphs)
+    for seed in range(3):
+        inputs = packed_t5(seed)[1]
+        torch.testing.assert_close(compiled(**inputs), plain(**inputs), rtol=1e-4, atol=1e-4)
+    assert graphs.made == 2, "one of the encoder, one of the decoder"
+
+
+def test_layers_that_read_encoder_states_learn_alike():
+    found = []
+    for graphs in (None, Graphs()):
+        model, inputs = packed_t5()
+        if graphs is not None:
+            compile_layers(model, graphs)
+        loss = model(**inputs).square().mean()
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads))
+    assert any("cross" in name for name in found[0][1])
+    check_alike(*found[::-1])
 
 
 @torch.no_grad()
