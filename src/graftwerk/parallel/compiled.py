@@ -93,6 +93,8 @@ def _compiled(layer: TransformerLayer, compiler: Callable[..., Any]) -> Callable
             return plain(x, context)
         if flow.chance is not None:
             flow.chance.tokens(flow.offset, x.shape[1])  # once for all layers
+            if context.states is not None and source_flow.chance is not None:
+                source_flow.chance.tokens(source_flow.offset, context.states.shape[1])
             if any(dropout.lacks_hashes for dropout in drawing):
                 return plain(x, context)
         return quick(x, context)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.adapters import BottleneckConfig, LoRAConfig, Parallel, Stack
-from graftwerk.adapters.masks import chances
+from graftwerk.adapters.masks import chances, dropouts
 from graftwerk.errors import UserError
 from graftwerk.models import GPT
 from graftwerk.parallel.compiled import compile_layers, compiles
@@ -113,18 +113,23 @@ def test_tiles_and_distances_are_within_the_graphs_of_layers():
     assert graphs.made == 2, "one of the encoder, one of the decoder"
 
 
-def test_layers_that_read_encoder_states_learn_alike():
-    found = []
-    for graphs in (None, Graphs()):
-        model, inputs = packed_t5()
-        if graphs is not None:
-            compile_layers(model, graphs)
-        loss = model(**inputs).square().mean()
-        loss.backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), grads))
-    assert any("cross" in name for name in found[0][1])
-    check_alike(*found[::-1])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_read_encoder_states_learn_alike(dropout: float):
+    (plain, inputs), (compiled, _), graphs = packed_t5(), packed_t5(), Graphs()
+    compile_layers(compiled, graphs)
+    for number in range(3):
+        found = []
+        for model in (compiled, plain):
+            for _, one in dropouts(model.train()):
+                one.p = dropout
+            model.zero_grad()
+            loss = model(**inputs, chance=chances(7, [number, number + 1])).square().mean()
+            loss.backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append((loss.detach(), grads))
+        assert any("cross" in name for name in found[0][1])
+        check_alike(*found)
+    assert graphs.made <= 4, "two of each stack: the first layer's input has no gradient"
 
 
 @torch.no_grad()
