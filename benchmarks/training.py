@@ -346,8 +346,9 @@ def table(
     """Medians of the rounds; ratios are those to the first variant in the same round."""
     lines = [
         "| | questions/s | row tokens/s | times faster (lowest, highest) | ceiling | GFLOP a "
-        "question | GFLOP/s (of matrices alone) | CPU seconds a question | peak GB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "question | GFLOP/s (of matrices alone) | CPU seconds a question | peak GB "
+        "| seconds of all rounds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     flops = {name: says["flops"] / counts[0]["rows"] for name, says in said.items()}  # a question
     for name, rounds in found.items():
@@ -359,6 +360,7 @@ def table(
         ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
         cpu = statistics.median(taken["cpu"] / share["rows"] for share, taken in timed)
         peak = max(taken["peak"] for taken in rounds)
+        all_rounds = sum(taken["seconds"] for taken in rounds)
         reached = statistics.median(
             flops[name] * share["rows"] / taken["seconds"] / taken["matrices"]
             for share, taken in timed
@@ -367,7 +369,7 @@ def table(
             f"| {name} | {rate:.2f} | {tokens:.0f} | {spread(ratios, '.2f')} "
             f"| {flops[first] / flops[name]:.2f} | {flops[name] / 1e9:.1f} "
             f"| {flops[name] * rate / 1e9:.0f} ({reached:.0%}) "
-            f"| {cpu:.3f} | {peak / 1e9:.2f} |"
+            f"| {cpu:.3f} | {peak / 1e9:.2f} | {all_rounds:.0f} |"
         )
     return "\n".join(lines)
 
