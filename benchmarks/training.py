@@ -161,6 +161,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not (arguments.setup or arguments.worker or arguments.tokenizer):
         parser.error("name a SQuAD file and the folder of GPT-2's tokenizer, or give --setup")
+    if arguments.plain and "padded" not in arguments.ours:
+        parser.error("--plain packs and shares nothing: it needs padded among --ours")
     for method in arguments.method:
         if not peers_of(method, arguments):
             parser.error(f"--method {method} is known by {', '.join(METHODS[method])} of --peers")
@@ -298,7 +300,7 @@ def measured(
         print(f"\n{shape}, {method}, {total}, {arguments.threads} threads\n")
         print("; ".join(f"{name}: {says['version']}" for name, says in said.items()))
         print(
-            f"losses, relative to ours {arguments.ours[0]}: "
+            f"losses, relative to {next(name for name in said if name.startswith('ours'))}: "
             + ", ".join(f"{k} {v:.1e}" for k, v in apart.items())
         )
         if wrong := [name for name, (value, most) in limits(apart).items() if value > most]:

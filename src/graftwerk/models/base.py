@@ -17,7 +17,13 @@ from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context, runs_within
 from graftwerk.models.flex import Blocks, suits
 from graftwerk.models.layers import Embedding
-from graftwerk.models.positions import neighbours, rotary_angles, visibility, within
+from graftwerk.models.positions import (
+    neighbours,
+    rotary_angles,
+    same_document,
+    visibility,
+    within,
+)
 from graftwerk.models.scoring import Score, scored
 
 
@@ -85,6 +91,17 @@ class Transformer(AdapterModel):
             return False
         drops = self.training and self.config.attention_dropout > 0
         return not drops and not any(key.endswith("prefix") for key in self.plan.actions)
+
+    def keep_apart(self, context: Context, documents: Tensor, virtual: int, packed: bool) -> None:
+        """Lets an encoder's tokens see those of their document alone; `documents` [B, S].
+
+        `virtual`: columns of prompts in front. `packed`: rows hold several texts.
+        """
+        context.documents = self.spoken(documents) if packed else documents
+        if packed and self.flexes(documents):
+            context.blocks = Blocks.of_documents(documents, documents)
+        else:
+            context.mask = same_document(documents, virtual)
 
     def texts(self, documents: Tensor | None, prompt: int = 0) -> Texts | None:
         """The texts of packed rows as slots are told them; None where nothing active asks.

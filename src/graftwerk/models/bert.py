@@ -11,10 +11,8 @@ from graftwerk.adapters.slots import Flow, Record
 from graftwerk.models.base import Start, Transformer, with_virtual, within_prompt
 from graftwerk.models.config import TransformerConfig
 from graftwerk.models.context import Context
-from graftwerk.models.flex import Blocks
 from graftwerk.models.layers import ACTIVATIONS, Layers
 from graftwerk.models.norms import make_norm
-from graftwerk.models.positions import same_document
 
 
 class BERT(Transformer):
@@ -163,11 +161,7 @@ class BERT(Transformer):
         flow = self.flow(task_ids, record, None, -virtual, chance, texts)
         context = Context(positions, flow=flow)
         if documents is not None:
-            context.documents = self.spoken(documents) if packed else documents
-            if packed and self.flexes(tokens):
-                context.blocks = Blocks.of_documents(documents, documents)
-            else:
-                context.mask = same_document(documents, virtual)
+            self.keep_apart(context, documents, virtual, packed)
         if plan.widen_at == -1:
             tokens = tokens.repeat(plan.width, 1)
             token_types = None if token_types is None else token_types.repeat(plan.width, 1)

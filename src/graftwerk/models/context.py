@@ -79,6 +79,14 @@ class Context:
             states_blocks=self.states_blocks and self.states_blocks.widened(n),
         )
 
+    def relate(self, relative: RelativePosition, queries: int, keys: int) -> None:
+        """Adds the scores of a table of distances; the queries are the last of the keys."""
+        self.relative = relative
+        if self.blocks is not None:
+            self.blocks.bias = relative.by_distance(keys)
+        else:
+            self.scores = relative(queries, keys)
+
     def seen(self, windowed: bool) -> tuple[Tensor | None, bool]:
         """What `scaled_dot_product_attention` is given: the mask (or scores), and `is_causal`."""
         mask, causal = self.mask, self.causal

@@ -16,7 +16,6 @@ from graftwerk.models.positions import (
     RelativePosition,
     neighbours,
     of_documents,
-    same_document,
     visibility,
 )
 from graftwerk.models.scoring import Score
@@ -207,18 +206,9 @@ class T5(Transformer):
         flow = self.flow(task_ids, record, rows, -virtual, chance, texts)
         context = Context(positions, flow=flow)
         if documents is not None:
-            context.documents = self.spoken(documents) if packed else documents
-            if packed and self.flexes(source):
-                context.blocks = Blocks.of_documents(documents, documents)
-            else:
-                context.mask = same_document(documents, virtual)
-        relative, length = self.encoder.relative_position, source.shape[1]
-        if relative is not None:
-            context.relative = relative
-            if context.blocks is not None:
-                context.blocks.bias = relative.by_distance(length)
-            else:
-                context.scores = relative(length, length)
+            self.keep_apart(context, documents, virtual, packed)
+        if self.encoder.relative_position is not None:
+            context.relate(self.encoder.relative_position, source.shape[1], source.shape[1])
         if plan.widen_at == -1:
             source = source.repeat(plan.width, 1)
             context = context.widened(plan.width)
@@ -253,12 +243,8 @@ class T5(Transformer):
         relative = self.decoder.relative_position
         if relative is None:
             return
-        context.relative = relative
-        if context.blocks is not None:
-            context.blocks.bias = relative.by_distance(new)
-            return
         seen = context.cache.length if context.cache is not None else new
         if context.causal:
             end = torch.full((1, seen), seen, device=context.positions.device)
             context.mask, context.causal = visibility(end, new), False
-        context.scores = relative(new, seen)
+        context.relate(relative, new, seen)

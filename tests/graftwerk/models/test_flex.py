@@ -16,48 +16,21 @@ from graftwerk.adapters import (
     ReftConfig,
     Stack,
 )
-from graftwerk.models import build_model
 from graftwerk.models.flex import Blocks
 from graftwerk.models.positions import RelativePosition, of_documents, visibility
-from tests.graftwerk.models.flexible import gradients_on_a_cpu
+from tests.graftwerk.models.flexible import (
+    LENGTH,
+    documents,
+    forest,
+    forests,
+    gradients_on_a_cpu,
+    packed_t5,
+)
 from tests.graftwerk.models.test_encoders import CONFIGS
 from tests.graftwerk.tiny import LLAMA, shake, tiny_gpt
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-LENGTH = 300  # three tiles, the last not full
 WINDOWED = replace(LLAMA, num_layers=2, window_size=40, window_layers=(1,))
-
-
-def forest(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`end` and positions [1, LENGTH] of texts and trees, some long, and padding."""
-    generator = torch.Generator().manual_seed(seed)
-    end, positions = torch.empty(LENGTH, dtype=torch.int64), torch.empty(LENGTH, dtype=torch.int64)
-
-    def draw(most: int) -> int:
-        return int(torch.randint(1, most + 1, (), generator=generator))
-
-    def grow(start: int, stop: int, depth: int) -> None:
-        trunk = draw(stop - start)
-        end[start : start + trunk] = stop
-        positions[start : start + trunk] = torch.arange(depth, depth + trunk)
-        start += trunk
-        while start < stop:
-            branch = draw(stop - start)
-            grow(start, start + branch, depth + trunk)
-            start += branch
-
-    start = 0
-    while start < LENGTH - 20:
-        size = draw(LENGTH - 20 - start)
-        grow(start, start + size, 0)
-        start += size
-    end[start:], positions[start:] = torch.arange(start + 1, LENGTH + 1), 0
-    return end[None], positions[None]
-
-
-def forests(*seeds: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = [forest(seed) for seed in seeds]
-    return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -82,16 +55,6 @@ def test_tiles_hold_the_mask(seed: int, window: int):
                 m.full_kv_indices[row, 0, query_tile, :count].sort().values for m in (made, theirs)
             )
             assert torch.equal(one, other)
-
-
-def documents(seed: int, length: int) -> torch.Tensor:
-    """[1, length] of texts, some long, and maybe padding."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(1, length, (20,), generator=generator).tolist()
-    row = torch.cat([torch.full((size,), n) for n, size in enumerate(sizes)])[:length]
-    padding = int(torch.randint(0, length // 2, (), generator=generator))
-    row[length - padding * (seed % 2) :] = -1
-    return row[None]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -220,28 +183,6 @@ def test_other_texts_need_no_other_kernel():
             end, positions = forest(seed)
             model(torch.zeros_like(end), positions, end)
     assert len(kernels) == 1
-
-
-def packed_t5(seed: int = 0) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A T5 with LoRA, and a pass of packed rows, which `seed` draws."""
-    torch.manual_seed(0)
-    model = build_model(replace(CONFIGS["t5"], hidden_size=64))
-    model.add_adapter("a", LoRAConfig(dim=4, target_modules=("all",)))
-    shake(model)
-    model.freeze_base()
-    model.set_active("a")
-    end, positions = forests(seed, seed + 1)
-    target = torch.cat([documents(seed + n, LENGTH) for n in (0, 1)])
-    source = torch.cat([documents(seed + n, 400) for n in (2, 3)])
-    words = torch.Generator().manual_seed(seed)
-    return model.eval(), {
-        "tokens": torch.randint(0, 60, target.shape, generator=words),
-        "positions": positions,
-        "end": end,
-        "documents": target,
-        "source": torch.randint(0, 60, source.shape, generator=words),
-        "source_documents": source,
-    }
 
 
 def test_a_table_that_is_trained_goes_by_masks():

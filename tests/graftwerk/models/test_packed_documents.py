@@ -108,6 +108,15 @@ class Rows:
         return RowArrays(number, np.array(row.tokens, np.int32), labels, source, types, span)
 
 
+def packed_rows(model):
+    """Micro-batches of two packed rows, of all pairs or windows."""
+    family = model.config.architecture
+    rows, step = Rows(family), Step(list(range(len(LENGTHS))), 0)
+    how = {"family": family, "prompt": model.virtual_tokens}
+    room = (10, 20) if family == "t5" else (20,)
+    return PackedBatches(rows, 0, 1, 2, room=room, **how)[step]
+
+
 def learned(model, batches):
     """The summed loss, and the gradients of what is trained."""
     model.zero_grad()
@@ -144,11 +153,8 @@ def test_packed_rows_learn_as_padded_ones(shape: str, methods: str):
     model = adapted(shape, methods)
     assert bound_to_rows(model) is None
     assert "both ways" in (bound_to_texts(model) or "")
-    family = model.config.architecture
-    rows = Rows(family)
-    step, size = Step(list(range(len(rows))), 0), (10, 20) if family == "t5" else (20,)
-    how = {"family": family, "prompt": model.virtual_tokens}
-    packed = PackedBatches(rows, 0, 1, 2, room=size, **how)[step]
+    rows, step = Rows(model.config.architecture), Step(list(range(len(LENGTHS))), 0)
+    packed = packed_rows(model)
     assert len(packed) < len(rows) // 2
     # A gate of padded rows is a mean over padding too.
     padded = PaddedBatches(rows, 0, 1, 1 if methods in GATED else 3)[step]
@@ -159,11 +165,7 @@ def test_packed_rows_learn_as_padded_ones(shape: str, methods: str):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flex_attention_learns_as_masks_do(shape: str, methods: str):
     model = adapted(shape, methods)
-    family = model.config.architecture
-    rows = Rows(family)
-    step, size = Step(list(range(len(rows))), 0), (10, 20) if family == "t5" else (20,)
-    how = {"family": family, "prompt": model.virtual_tokens}
-    packed = PackedBatches(rows, 0, 1, 2, room=size, **how)[step]
+    packed = packed_rows(model)
     expected = learned(model, packed)
     model.attention = "flex"
     calls = patch.object(Blocks, "attend", autospec=True, side_effect=Blocks.attend)

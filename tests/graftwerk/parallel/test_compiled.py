@@ -16,7 +16,7 @@ from graftwerk.models import GPT
 from graftwerk.parallel.compiled import compile_layers, compiles
 from graftwerk.parallel.recompute import recompute
 from graftwerk.training.loss import label_losses
-from tests.graftwerk.models.test_flex import packed_t5
+from tests.graftwerk.models.flexible import packed_t5
 from tests.graftwerk.tiny import LLAMA, shake, tiny_gpt
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))

@@ -5,8 +5,6 @@ import pytest
 from graftwerk.adapters import Fuse, Stack
 from graftwerk.adapters.fusion import FusionConfig
 from graftwerk.adapters.packing import bound_to_texts
-from graftwerk.data.micro_batches import PackedBatches
-from graftwerk.data.sampler import Step
 from graftwerk.parallel.compiled import compile_layers
 from tests.graftwerk.data.rows import adapted, assert_same, learned, packed
 from tests.graftwerk.data.test_shared_methods import ALL, BESIDE, COMPOSITIONS, TREE
@@ -42,8 +40,4 @@ def test_gpts_learn_the_same(active):
 @pytest.mark.parametrize("shape", documents.SHAPES)
 def test_t5s_and_berts_learn_the_same(shape: str, methods: str):
     model = documents.adapted(shape, methods)
-    family = model.config.architecture
-    rows = documents.Rows(family)
-    step, size = Step(list(range(len(rows))), 0), (10, 20) if family == "t5" else (20,)
-    how = {"family": family, "prompt": model.virtual_tokens}
-    check(model, PackedBatches(rows, 0, 1, 2, room=size, **how)[step], documents.learned)
+    check(model, documents.packed_rows(model), documents.learned)
