@@ -16,7 +16,7 @@ from graftwerk.adapters.slots import Action, Flow, SlotCall
 
 
 class HeadPart(nn.Module):
-    """An adapter's copy of a head, float32; it computes in that type whatever the base is."""
+    """An adapter's copy of a head, float32 at birth; computes in its type, not the base's."""
 
     def __init__(self, own: nn.Module):
         super().__init__()
@@ -25,7 +25,7 @@ class HeadPart(nn.Module):
     def forward(self, call: SlotCall) -> Tensor:
         """The head's scores of `call.input`, whatever was said before it."""
         assert call.input is not None
-        return self.head(call.input.float())
+        return self.head(call.input.to(next(self.head.parameters()).dtype))
 
 
 class Heads(nn.Module):

@@ -49,7 +49,7 @@ def difference(one: torch.Tensor, two: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "t5", "bert"])
 @torch.no_grad()
 def test_a_merged_model_answers_as_the_unmerged_and_unmerging_is_exact(shape, order):
-    model = make(shape, **{name: MERGEABLE[name] for name in order})
+    model = make(shape, **{name: MERGEABLE[name] for name in order}).double()
     base = run(model)
     weights = {name: p.clone() for name, p in model.base_parameters()}
     model.set_active(Stack(*order))
@@ -57,7 +57,7 @@ def test_a_merged_model_answers_as_the_unmerged_and_unmerging_is_exact(shape, or
     assert difference(expected, base) > 1e-3
     merged = merge(model)
     assert model.active is None
-    assert difference(run(model), expected) < 1e-5
+    assert difference(run(model), expected) < 1e-11  # in float32 rounding is the processor's
     merged.undo()
     assert model.active == Stack(*order)
     assert torch.equal(run(model), expected)
@@ -66,27 +66,15 @@ def test_a_merged_model_answers_as_the_unmerged_and_unmerging_is_exact(shape, or
     assert all(torch.equal(p, weights[name]) for name, p in model.base_parameters())
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama", "t5"])
-@torch.no_grad()
-def test_in_double_precision_merged_and_unmerged_agree_to_a_billionth(shape):
-    order = ORDERS[-1]
-    model = make(shape, **{name: MERGEABLE[name] for name in order}).double()
-    model.set_active(Stack(*order))
-    expected = run(model)
-    merge(model)
-    assert difference(run(model), expected) < 1e-11
-    torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-9)
-
-
 @torch.no_grad()
 def test_a_merged_base_takes_another_adapter_and_remembers_what_it_was():
-    model = make("llama", a=MERGEABLE["lora"], b=MERGEABLE["ia3"])
+    model = make("llama", a=MERGEABLE["lora"], b=MERGEABLE["ia3"]).double()
     model.set_active(Stack("a", "b"))
     expected = run(model)
     model.set_active("a")
     merged = merge(model)
     model.set_active("b")
-    assert difference(run(model), expected) < 1e-5
+    assert difference(run(model), expected) < 1e-11
     with pytest.raises(UserError, match="a is merged already"):
         merged.put()
     merged.undo()

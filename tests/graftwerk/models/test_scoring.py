@@ -31,15 +31,15 @@ def learned(model, at_once, copies=1):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_runs_learn_what_all_logits_at_once_do(shape):
-    model = tiny_gpt(SHAPES[shape]).requires_grad_(True)
+    model = tiny_gpt(SHAPES[shape]).double().requires_grad_(True)
     words = model.config.vocab_size
     whole, gradients, _ = learned(model, 1 << 26)
     logits = model(TOKENS, select=SELECT)
     torch.testing.assert_close(whole, F.cross_entropy(logits, LABELS, reduction="none"))
     losses, found, sizes = learned(model, 3 * words + 1)
     assert sizes == [3 * words, 3 * words, 2 * words] + 3 * [pytest.approx(3 * words, abs=words)]
-    torch.testing.assert_close(losses, whole, atol=0, rtol=1e-6)
-    torch.testing.assert_close(found, gradients, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(losses, whole, atol=0, rtol=1e-12)
+    torch.testing.assert_close(found, gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_runs_of_several_copies_of_a_batch_are_in_their_order():
@@ -48,12 +48,12 @@ def test_runs_of_several_copies_of_a_batch_are_in_their_order():
         model.add_adapter(name, LoRAConfig(dim=2))
         for _, _, part in model.parts(name):
             shake(part, seed)
-    model.freeze_base()
+    model.double().freeze_base()
     model.set_active(Parallel("a", "b"))
     whole, gradients, _ = learned(model, 1 << 26, copies=2)
     losses, found, _ = learned(model, 5 * model.config.vocab_size, copies=2)
-    torch.testing.assert_close(losses, whole, atol=0, rtol=1e-6)
-    torch.testing.assert_close(found, gradients, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(losses, whole, atol=0, rtol=1e-12)
+    torch.testing.assert_close(found, gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_no_more_logits_are_kept_for_the_backward_pass():
