@@ -154,7 +154,7 @@ def measured(
         print(f"{worker.name}: {worker.says['version']}", file=sys.stderr)
         if case.side == "ours" and case.peers:
             apart = training.disagreement(said, case.peers)
-            if wrong := [k for k, (v, most) in training.limits(apart).items() if v > most]:
+            if wrong := training.disagreeing(apart, case.dtype):
                 raise SystemExit(f"the losses do not agree: {', '.join(wrong)}: {apart}")
         flops = worker.ask("count")["flops"]
         found = Found(tokens, flops, *(worker.says.get(k, 0.0) for k in ("formula", "useful")))

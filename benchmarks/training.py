@@ -7,12 +7,14 @@ SQUAD is a file in SQuAD's format, TOKENIZER the folder of GPT-2's. Bases have r
 shapes of GPT-2 124M and SmolLM2-135M (with GPT-2's words), float32. A step is forward, backward and
 AdamW on the questions of some sampled paragraphs, each once: padded, shuffled, in micro-batches of
 8; packed, in rows of 1,024 tokens; shared, each paragraph computed once. `--plain` takes rows of
-one length instead, which pack into nothing and share nothing.
+one length instead, which pack into nothing and share nothing. With `--dtype bfloat16` bases are of
+that type and adapters of float32; peers then run under autocast, as their trainer runs them.
 
 Every variant is a process of its own with its own libraries. They take turns, round by round, and
 each says its seconds, CPU seconds and peak memory: medians, and the spread of the rounds. A peer
 writes its adapter, away from its values at birth, and ours reads it; all losses on the rows have to
-agree before anything is timed, to 1e-5 with a peer and 1e-6 among ours, else the exit code is 1.
+agree before anything is timed, to 1e-5 with a peer and 1e-6 among ours (in bfloat16 to 1e-2), else
+the exit code is 1.
 All are in memory at one time: `--peers` and `--ours` leave some out. With `--deal` the rounds are
 one pass: each takes its share of the steps, all variants the same; losses are compared, and
 operations counted, over the first share.
@@ -78,7 +80,8 @@ METHODS = {"lora": ("peft", "adapters"), "ia3": ("peft", "adapters"), "bottlenec
 OURS = ("padded", "packed", "shared")
 THEIRS = {"peft": ("padded", "packed"), "adapters": ("padded",)}
 PROMPT = "context: {context} question: {question} answer: {answer}"
-AMONG_OURS, WITH_PEERS = 1e-6, 1e-5
+# How far losses may lie apart, relative to one: among ours, and with peers.
+AGREE = {"float32": (1e-6, 1e-5), "bfloat16": (1e-2, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Case:
 
     `folder` holds the base, `rows.json` (steps of rows, each its tokens and [position, token] of
     its labels) and the peers' adapters; without peers ours trains a new LoRA. `length`: the most
-    tokens of a packed row. A pass takes the next of so many `shares` of the steps. Device and type
-    of the base are ours alone.
+    tokens of a packed row. A pass takes the next of so many `shares` of the steps. `dtype` is the
+    base's; the device is ours alone.
     """
 
     folder: str
@@ -122,7 +125,7 @@ def main() -> int:
     right = True
     for shape in arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
-            write_base(Path(folder), shape, arguments.seed)
+            write_base(Path(folder), shape, arguments.seed, arguments.dtype)
             shares = arguments.rounds if arguments.deal else 1
             counts = write_rows(Path(folder), arguments, shares)
             if not all(share["rows"] for share in counts):
@@ -153,6 +156,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--step", type=int, default=8, help="paragraphs of a step")
     parser.add_argument("--plain", type=int, metavar="TOKENS", help="16 rows of one length instead")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
+    parser.add_argument("--dtype", choices=AGREE, default="float32", help="of bases")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--deal", action="store_true", help="all rounds together are one pass")
     parser.add_argument("--threads", type=int, default=2)
@@ -284,7 +288,7 @@ def measured(
     """One table; whether the losses agree."""
     peers = peers_of(method, arguments)
     case = Case(folder, method, peers, "", "", arguments.threads, length=arguments.length)
-    case = replace(case, shares=len(counts))
+    case = replace(case, shares=len(counts), dtype=arguments.dtype)
     # The peers first: ours reads what they write.
     variants = [(peer, variant) for peer in peers for variant in THEIRS[peer]]
     variants += [("ours", variant) for variant in arguments.ours]
@@ -297,13 +301,13 @@ def measured(
         said = {worker.name: worker.says for worker in workers}
         apart = disagreement(said, peers)
         total = {name: sum(share[name] for share in counts) for name in counts[0]}
-        print(f"\n{shape}, {method}, {total}, {arguments.threads} threads\n")
+        print(f"\n{shape}, {method}, {case.dtype}, {total}, {arguments.threads} threads\n")
         print("; ".join(f"{name}: {says['version']}" for name, says in said.items()))
         print(
             f"losses, relative to {next(name for name in said if name.startswith('ours'))}: "
             + ", ".join(f"{k} {v:.1e}" for k, v in apart.items())
         )
-        if wrong := [name for name, (value, most) in limits(apart).items() if value > most]:
+        if wrong := disagreeing(apart, case.dtype):
             print(f"the losses do not agree: {', '.join(wrong)}; nothing was timed")
             return False
         found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
@@ -335,8 +339,10 @@ def disagreement(said: dict[str, dict[str, Any]], peers: tuple[str, ...]) -> dic
     return apart
 
 
-def limits(apart: dict[str, float]) -> dict[str, tuple[float, float]]:
-    return {k: (v, AMONG_OURS if k.startswith("ours") else WITH_PEERS) for k, v in apart.items()}
+def disagreeing(apart: dict[str, float], dtype: str) -> list[str]:
+    """The variants whose losses are too far apart."""
+    ours, theirs = AGREE[dtype]
+    return [k for k, v in apart.items() if v > (ours if k.startswith("ours") else theirs)]
 
 
 def table(

@@ -201,9 +201,7 @@ def peft(case: "Case", steps: list[Rows], answer: Answer) -> None:
     import transformers
 
     folder = Path(case.folder)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "base", attn_implementation="sdpa"
-    )
+    model = their_base(case)
     written = folder / f"{case.method}-peft"
     if written.exists():
         model = peft.PeftModel.from_pretrained(model, written, is_trainable=True)
@@ -234,9 +232,7 @@ def adapters(case: "Case", steps: list[Rows], answer: Answer) -> None:
     import transformers
 
     folder = Path(case.folder)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "base", attn_implementation="sdpa"
-    )
+    model = their_base(case)
     adapters.init(model)
     config: Any = {
         "lora": lambda: adapters.LoRAConfig(r=8, alpha=8, attn_matrices=["q", "k", "v"]),
@@ -251,6 +247,17 @@ def adapters(case: "Case", steps: list[Rows], answer: Answer) -> None:
     model.save_adapter(str(folder / f"{case.method}-adapters"), "adapters")
     version = f"adapters {adapters.__version__}, transformers {transformers.__version__}"
     train(case, model, steps, padded, answer, version)
+
+
+def their_base(case: "Case") -> Any:
+    """Transformers' model of the base, whose weights keep their type."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        Path(case.folder) / "base",
+        attn_implementation="sdpa",
+        dtype=getattr(torch, case.dtype),
+    )
 
 
 def shake(model: Any) -> None:
@@ -293,10 +300,14 @@ def train(
             groups = first_fit_decreasing(rows, case.length)
         return (collate(group) for group in groups)
 
+    mixed = case.dtype != "float32"  # as their trainer does with `bf16=True`
+
     def losses(rows: list[Any]) -> Iterator[torch.Tensor]:
         labels = sum(label >= 0 for row in rows for label in row["labels"])
         for batch in batches(rows):
-            yield model(**batch, num_items_in_batch=torch.tensor(labels)).loss * labels
+            with torch.autocast("cpu", getattr(torch, case.dtype), enabled=mixed):
+                loss = model(**batch, num_items_in_batch=torch.tensor(labels)).loss * labels
+            yield loss
 
     with torch.no_grad():
         model.eval()
