@@ -1,5 +1,7 @@
 """Adapters merged into their base, taken out again, and written by the command `merge`."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -64,6 +66,18 @@ def test_a_merged_model_answers_as_the_unmerged_and_unmerging_is_exact(shape, or
     model.set_active(None)
     assert torch.equal(run(model), base)
     assert all(torch.equal(p, weights[name]) for name, p in model.base_parameters())
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "t5", "bert"])
+@torch.no_grad()
+def test_in_float32_merging_rounds_no_worse_than_a_pass_does(shape, order):
+    model = make(shape, **{name: MERGEABLE[name] for name in order})
+    model.set_active(Stack(*order))
+    exact = run(deepcopy(model).double())
+    of_pass = difference(exact, run(model).double())
+    merge(model)
+    assert difference(exact, run(model).double()) < 4 * of_pass + 1e-6
 
 
 @torch.no_grad()
